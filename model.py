@@ -1,0 +1,570 @@
+"""Qwen2-VL in pure PyTorch, with one addition: the completions of a group share their prompt.
+
+Source: Wang et al. 2024, "Qwen2-VL: Enhancing Vision-Language Model's Perception of the World at
+Any Resolution" (arXiv 2409.12191). A vision tower turns patches of 14 x 14 pixels into features, a
+merger joins 2 x 2 of them into one token, and a Qwen2 decoder with multimodal rotary positions
+(M-RoPE: time, height, width) reads image tokens and text tokens as one sequence.
+
+What we do differently from the reference implementation, and why:
+- Tokens are packed, (S, D) without padding, through every norm, projection and MLP. Padding exists
+  only inside attention.
+- A prompt with G completions is one prompt, not G: the completions attend to the one copy of its
+  keys and values, in sampling and in training, with gradient (`attend_shared`). It is exact;
+  tests/test_model.py compares it with the repeated batch.
+- Parameters keep the Hugging Face names, so checkpoints load and save without a map.
+
+Letters: B prompts, G completions per prompt, L prompt tokens, T completion tokens, S packed tokens,
+P patches, D width, H heads, K key/value heads, R = H/K, d head width, V vocabulary.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------- config
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower's part of config.json, under its Hugging Face names."""
+
+    depth: int = 32
+    embed_dim: int = 1280
+    num_heads: int = 16
+    hidden_size: int = 1536  # the width of the language model that the merger writes for
+    mlp_ratio: int = 4
+    in_channels: int = 3
+    patch_size: int = 14  # pixels
+    temporal_patch_size: int = 2  # frames
+    spatial_merge_size: int = 2  # patches a side that become one token
+    hidden_act: str = "quick_gelu"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """config.json of a Qwen2-VL checkpoint; `raw` is the file as read, and is what is written.
+
+    Reads both layouts of transformers: flat keys with `rope_theta` and `rope_scaling` (the hub's
+    checkpoints), and `text_config` with `rope_parameters` (transformers 5).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vision: VisionConfig
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    mrope_section: tuple[int, ...] = (16, 24, 24)
+    tie_word_embeddings: bool = False
+    hidden_act: str = "silu"
+    raw: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "ModelConfig":
+        """From the parsed config.json. ValueError for what this file does not implement."""
+        if raw.get("model_type") != "qwen2_vl":
+            kind = raw.get("model_type")
+            raise ValueError(f"model_type {kind!r}: only 'qwen2_vl' is implemented")
+        text = {**raw, **raw.get("text_config", {})}
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
+            raise ValueError(f"rope type {rope}: only 'default' and 'mrope' are implemented")
+        if text.get("use_sliding_window"):
+            raise ValueError("use_sliding_window: sliding window attention is not implemented")
+        names = cls.__dataclass_fields__.keys() - {"vision", "raw"}
+        known = {k: text[k] for k in names if text.get(k) is not None}
+        known["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", 1_000_000.0))
+        known["mrope_section"] = tuple(rope.get("mrope_section", (16, 24, 24)))
+        tied = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+        known["tie_word_embeddings"] = bool(tied)
+        known.setdefault("num_key_value_heads", known["num_attention_heads"])
+        vision_names = VisionConfig.__dataclass_fields__.keys()
+        vision = {k: v for k, v in raw.get("vision_config", {}).items() if k in vision_names}
+        cfg = cls(**known, vision=VisionConfig(**vision), raw=raw)
+        if cfg.hidden_act != "silu" or cfg.vision.hidden_act != "quick_gelu":
+            raise ValueError(f"hidden_act {cfg.hidden_act!r}, {cfg.vision.hidden_act!r}: expected "
+                             "'silu' in the decoder and 'quick_gelu' in the vision tower")
+        return cfg
+
+
+# ------------------------------------------------------------------------------------- positions
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (S, heads, d) by cos, sin (S, d); halves are paired as in GPT-NeoX."""
+    a, b = x.chunk(2, -1)
+    y = x.float() * cos[:, None] + torch.cat((-b, a), -1).float() * sin[:, None]
+    return y.to(x.dtype)
+
+
+def mrope(positions: Tensor, head_dim: int, theta: float, section: tuple[int, ...]):
+    """cos, sin (S, d) of M-RoPE for positions (3, S): time, height, width.
+
+    The first section[0] frequencies turn by time, the next section[1] by height, the last by width
+    (arXiv 2409.12191, section 2.1). For text the three are equal, and M-RoPE is RoPE.
+    """
+    steps = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[..., None].float() / theta ** (steps / head_dim)  # (3, S, d/2)
+    angles = torch.cat([a[i] for i, a in enumerate(angles.split(section, -1))], -1)
+    angles = torch.cat((angles, angles), -1)  # (S, d)
+    return angles.cos(), angles.sin()
+
+
+def vision_rope(grid: list[list[int]], merge: int, head_dim: int, device) -> tuple[Tensor, Tensor]:
+    """cos, sin (P, d) of the 2-D rotary positions of patches, in the order of `data.patchify`.
+
+    The patches of a merge x merge block follow one another; half of the frequencies turn by the row
+    of a patch, half by its column.
+    """
+    places = []
+    for t, h, w in grid:
+        rows = torch.arange(h, device=device)[:, None].expand(h, w)
+        cols = torch.arange(w, device=device)[None].expand(h, w)
+        both = torch.stack((rows, cols), -1).view(h // merge, merge, w // merge, merge, 2)
+        places.append(both.transpose(1, 2).reshape(h * w, 2).repeat(t, 1))
+    steps = torch.arange(0, head_dim // 2, 2, device=device, dtype=torch.float32)
+    angles = torch.cat(places)[..., None] / 10_000.0 ** (steps / (head_dim // 2))  # (P, 2, d/4)
+    angles = angles.flatten(1).repeat(1, 2)  # (P, d)
+    return angles.cos(), angles.sin()
+
+
+# ---------------------------------------------------------------------------------- vision tower
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, cfg: VisionConfig):
+        super().__init__()
+        kernel = (cfg.temporal_patch_size, cfg.patch_size, cfg.patch_size)
+        self.proj = nn.Conv3d(cfg.in_channels, cfg.embed_dim, kernel, stride=kernel, bias=False)
+
+    def forward(self, patches: Tensor) -> Tensor:  # (P, C) -> (P, D)
+        # Kernel and stride are equal, so the convolution is one matrix product.
+        return F.linear(patches, self.proj.weight.flatten(1))
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, cfg: VisionConfig):
+        super().__init__()
+        self.heads = cfg.num_heads
+        self.qkv = nn.Linear(cfg.embed_dim, 3 * cfg.embed_dim)
+        self.proj = nn.Linear(cfg.embed_dim, cfg.embed_dim)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, frames: list) -> Tensor:
+        """Full attention inside each frame. `frames` is from `frames_by_length`."""
+        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)  # (P, heads, d)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = torch.empty_like(v)
+        for at, n, length in frames:
+            qkv = (t[at].view(n, length, self.heads, -1).transpose(1, 2) for t in (q, k, v))
+            y = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(0, 1)
+            out = y if len(y) == len(x) else out.index_copy(0, at, y)
+        return self.proj(out.flatten(1))
+
+
+def frames_by_length(grid: list[list[int]], device) -> list[tuple]:
+    """Frames of equal length attend in one call: [(index of their patches, frames, length), ...].
+
+    Where all are equal (CLEVR) that is one call and the index is a slice: nothing is copied.
+    """
+    lengths = [h * w for t, h, w in grid for _ in range(t)]
+    if len(set(lengths)) == 1:
+        return [(slice(None), len(lengths), lengths[0])]
+    patch_length = torch.tensor(lengths).repeat_interleave(torch.tensor(lengths))  # (P,)
+    return [
+        ((patch_length == n).nonzero()[:, 0].to(device), lengths.count(n), n)
+        for n in sorted(set(lengths))
+    ]
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, cfg: VisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(cfg.embed_dim, int(cfg.embed_dim * cfg.mlp_ratio))
+        self.fc2 = nn.Linear(int(cfg.embed_dim * cfg.mlp_ratio), cfg.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x))  # quick GELU
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, cfg: VisionConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(cfg.embed_dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(cfg.embed_dim, eps=1e-6)
+        self.attn = VisionAttention(cfg)
+        self.mlp = VisionMLP(cfg)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, frames: list) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin, frames)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerger(nn.Module):
+    def __init__(self, cfg: VisionConfig):
+        super().__init__()
+        self.width = cfg.embed_dim * cfg.spatial_merge_size**2
+        self.ln_q = nn.LayerNorm(cfg.embed_dim, eps=1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, cfg.hidden_size)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # (P, D_vision) -> (P/4, D)
+        return self.mlp(self.ln_q(x).view(-1, self.width))
+
+
+class VisionTower(nn.Module):
+    def __init__(self, cfg: VisionConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.patch_embed = PatchEmbed(cfg)
+        self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.depth))
+        self.merger = PatchMerger(cfg)
+
+    def patch_states(self, patches: Tensor, grid: Tensor) -> Tensor:
+        """patches (P, C), grid (n, 3) in patches -> states (P, D_vision) before the merger."""
+        grid = grid.tolist()
+        head_dim = self.cfg.embed_dim // self.cfg.num_heads
+        cos, sin = vision_rope(grid, self.cfg.spatial_merge_size, head_dim, patches.device)
+        frames = frames_by_length(grid, patches.device)
+        x = self.patch_embed(patches)
+        for block in self.blocks:
+            x = block(x, cos, sin, frames)
+        return x
+
+    def forward(self, patches: Tensor, grid: Tensor) -> Tensor:
+        """patches (P, C), grid (n, 3) -> image features (P/4, D), a row per image token."""
+        return self.merger(self.patch_states(patches, grid))
+
+
+# ------------------------------------------------------------------------------- packed sequences
+
+
+class Layout:
+    """Where packed tokens stand in the padded inputs of attention.
+
+    Packed order: prompt 1, ..., prompt B, then the completions of prompt 1, ..., of prompt B.
+    Padding is on the right, so a causal mask alone keeps it from every real token.
+
+    prompts: B lengths, or none where a cache holds the prompts. completions: B rows of G lengths.
+    """
+
+    def __init__(self, prompts: list[int], completions=(), device="cpu"):
+        self.B, self.L = len(prompts), max(prompts, default=0)
+        self.prompt_at = places(prompts, device)
+        self.prompt_lengths = torch.tensor(prompts, device=device)
+        self.S_prompt = sum(prompts)
+        flat = [n for row in completions for n in row]
+        self.T = max(flat, default=0)
+        self.groups = (len(completions), len(flat) // max(1, len(completions)))  # (B, G)
+        self.completion_at = places(flat, device)
+        ragged = self.S_prompt != self.B * self.L
+        seen = torch.arange(self.L, device=device) < self.prompt_lengths[:, None]
+        self.prompt_mask = seen if ragged else None  # (B, L): True on real tokens
+
+
+def places(lengths: list[int], device) -> Tensor | None:
+    """Flat index (S,) of packed tokens in a (rows, max length) grid; None if all are equal."""
+    width = max(lengths, default=0)
+    if all(n == width for n in lengths):
+        return None
+    n = torch.tensor(lengths, device=device)
+    return (torch.arange(width, device=device) < n[:, None]).flatten().nonzero()[:, 0]
+
+
+def unpack(x: Tensor, at: Tensor | None, rows: int, width: int) -> Tensor:
+    """Packed (S, ...) -> padded with zeros (rows, width, ...)."""
+    if at is None:
+        return x.view(rows, width, *x.shape[1:])
+    out = x.new_zeros(rows * width, *x.shape[1:]).index_copy(0, at, x)
+    return out.view(rows, width, *x.shape[1:])
+
+
+def repack(x: Tensor, at: Tensor | None) -> Tensor:
+    """Padded (rows, width, ...) -> packed (S, ...)."""
+    x = x.flatten(0, 1)
+    return x if at is None else x[at]
+
+
+class Cache:
+    """Keys and values while sampling: each prompt's once (B), each completion's own (B, G).
+
+    All completions have the same number of tokens so far, `length`; `keep` drops finished ones.
+    """
+
+    def __init__(self, layers: int, room: int):
+        self.room, self.length = room, 0  # `room` completion tokens at most
+        self.prompt: list[tuple[Tensor, Tensor]] = [None] * layers  # k, v (B, K, L, d)
+        self.own: list[tuple[Tensor, Tensor]] = [None] * layers  # k, v (B, G, K, room, d)
+        self.prompt_mask = None
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, G, K, T, d); returns all of the completions' keys and values so far."""
+        if self.own[layer] is None:
+            shape = (*k.shape[:3], self.room, k.shape[4])
+            self.own[layer] = (k.new_empty(shape), v.new_empty(shape))
+        end = self.length + k.shape[3]
+        for new, own in zip((k, v), self.own[layer]):
+            own[:, :, :, self.length : end] = new
+        return tuple(own[:, :, :, :end] for own in self.own[layer])
+
+    def keep(self, groups: Tensor, rows: Tensor) -> None:
+        """Keep the prompts `groups` (B',) and of each the completions `rows` (B', G')."""
+        self.prompt = [(k[groups], v[groups]) for k, v in self.prompt]
+        self.own = [tuple(x[groups[:, None], rows] for x in own) for own in self.own]
+        if self.prompt_mask is not None:
+            self.prompt_mask = self.prompt_mask[groups]
+
+
+# --------------------------------------------------------------------------------------- decoder
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+def attend_shared(q, k, v, prompt_k, prompt_v, prompt_mask=None) -> Tensor:
+    """Completions attend to their group's one prompt and causally to themselves, in one softmax.
+
+    q (B, G, T, H, d); own k, v (B, G, K, S, d) with S >= T, the queries being the last T of S;
+    prompt_k, prompt_v (B, K, L, d); prompt_mask (B, L) True on real tokens -> (B, G, T, H, d).
+    The prompt's keys are read once per group: all queries of a group are rows of one product.
+    """
+    (B, G, T, H, d), (K, S), L = q.shape, k.shape[2:4], prompt_k.shape[2]
+    R = H // K
+    q = q.view(B, G, T, K, R, d).permute(0, 3, 1, 4, 2, 5) * d**-0.5  # (B, K, G, R, T, d)
+    to_prompt = (q.reshape(B, K, -1, d) @ prompt_k.mT).view(B, K, G, R, T, L)
+    q = q.transpose(1, 2).reshape(B, G, K, R * T, d)
+    to_own = (q @ k.mT).view(B, G, K, R, T, S)
+    if T > 1:
+        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
+        to_own = to_own.masked_fill(future, -torch.inf)
+    if prompt_mask is not None:
+        to_prompt = to_prompt.masked_fill(~prompt_mask[:, None, None, None, None], -torch.inf)
+    scores = torch.cat((to_prompt.transpose(1, 2), to_own), -1)  # (B, G, K, R, T, L + S)
+    p = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    on_prompt, on_own = p.split((L, S), -1)
+    y = on_own.reshape(B, G, K, R * T, S) @ v
+    z = on_prompt.transpose(1, 2).reshape(B, K, -1, L) @ prompt_v
+    y = y.view(B, G, K, R, T, d) + z.view(B, K, G, R, T, d).transpose(1, 2)
+    return y.permute(0, 1, 4, 2, 3, 5).reshape(B, G, T, H, d)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        D, d = cfg.hidden_size, cfg.head_dim
+        self.layer, self.d = layer, d
+        self.q_proj = nn.Linear(D, cfg.num_attention_heads * d)
+        self.k_proj = nn.Linear(D, cfg.num_key_value_heads * d)
+        self.v_proj = nn.Linear(D, cfg.num_key_value_heads * d)
+        self.o_proj = nn.Linear(cfg.num_attention_heads * d, D, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lay: Layout, cache: Cache | None):
+        q, k, v = (p(x).view(len(x), -1, self.d) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (S, heads, d)
+        out, n = [], lay.S_prompt
+        if n:
+            qp, kp, vp = (
+                unpack(t[:n], lay.prompt_at, lay.B, lay.L).transpose(1, 2) for t in (q, k, v)
+            )
+            y = F.scaled_dot_product_attention(qp, kp, vp, is_causal=True, enable_gqa=True)
+            out.append(repack(y.transpose(1, 2), lay.prompt_at))
+            if cache is not None:
+                cache.prompt[self.layer], cache.prompt_mask = (kp, vp), lay.prompt_mask
+        else:
+            kp, vp = cache.prompt[self.layer]
+        if lay.T:
+            rows, shape = math.prod(lay.groups), (*lay.groups, lay.T, -1, self.d)
+            qc, kc, vc = (
+                unpack(t[n:], lay.completion_at, rows, lay.T).view(shape) for t in (q, k, v)
+            )
+            kc, vc = kc.transpose(2, 3), vc.transpose(2, 3)  # (B, G, K, T, d)
+            if cache is not None:
+                kc, vc = cache.extend(self.layer, kc, vc)
+            mask = lay.prompt_mask if n else cache.prompt_mask
+            y = attend_shared(qc, kc, vc, kp, vp, mask)
+            out.append(repack(y.flatten(0, 1), lay.completion_at))
+        return self.o_proj(torch.cat(out).flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = Attention(cfg, layer)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x, cos, sin, lay, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, lay, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(cfg, i) for i in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+
+    def forward(self, x: Tensor, positions: Tensor, lay: Layout, cache: Cache | None) -> Tensor:
+        cfg = self.cfg
+        cos, sin = mrope(positions, cfg.head_dim, cfg.rope_theta, cfg.mrope_section)
+        for layer in self.layers:
+            x = layer(x, cos, sin, lay, cache)
+        if cache is not None:
+            cache.length += lay.T
+        return self.norm(x)
+
+
+class Qwen2VL(nn.Module):
+    """The whole model. `forward` gives hidden states; `head` turns them into logits."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.visual = VisionTower(cfg.vision)
+        self.model = Decoder(cfg)
+        self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        if cfg.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def head(self) -> Tensor:
+        return self.lm_head.weight  # (V, D)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        layout: Layout,
+        features: Tensor | None = None,
+        image_at: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Hidden states (S, D) after the last norm.
+
+        ids (S,) packed as `layout` says, positions (3, S), features (I, D) from `visual` for the
+        image tokens that stand at image_at (I,) of the packed ids. With a cache, a first call holds
+        prompts and later calls hold the next token of every completion.
+        """
+        x = self.model.embed_tokens(ids)
+        if features is not None:
+            assert features.shape[0] == image_at.shape[0], "image tokens and features differ"
+            x = x.index_copy(0, image_at, features.to(x.dtype))
+        return self.model(x, positions, layout, cache)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int, std: float = 0.02) -> "Qwen2VL":
+        """Random weights: normal(0, std), biases 0, norms 1. A seed fixes them."""
+        gen = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif "norm" in name or "ln_q" in name:
+                p.fill_(1.0)
+            else:
+                p.copy_(torch.randn(p.shape, generator=gen) * std)
+        return self
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "Qwen2VL":
+        """Reads config.json and model.safetensors, or the shards of its index.json. Runs no code.
+
+        Errors: FileNotFoundError, ValueError with the names and shapes of weights that are missing,
+        not expected or of another shape.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder}: no config.json, so no Hugging Face checkpoint")
+        cfg = ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
+        with torch.device("meta"):
+            model = cls(cfg)
+        model.load_state_dict(read_weights(folder, model, dtype, device), assign=True)
+        if cfg.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
+    def save_pretrained(self, folder) -> None:
+        """Writes config.json and safetensors (shards of 5 GB) under the Hugging Face names."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        state = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
+        if self.cfg.tie_word_embeddings:
+            del state["lm_head.weight"]
+        save_torch_state_dict(state, folder)
+        raw = {**self.cfg.raw, "dtype": str(self.head.dtype).removeprefix("torch.")}
+        (Path(folder) / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def read_weights(folder: Path, model: nn.Module, dtype, device) -> dict[str, Tensor]:
+    """The tensors that `model` needs from a checkpoint folder, checked, one at a time in memory."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    state, problems = {}, []
+    for file in files:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder}: {file} is missing")
+        with safe_open(folder / file, framework="pt", device=str(device)) as f:
+            for key in f.keys():  # noqa: SIM118 (safe_open is no dict)
+                name = hub_name(key)
+                shape = tuple(f.get_slice(key).get_shape())
+                if name not in want:
+                    problems.append(f"{name}: not expected")
+                elif shape != want[name]:
+                    problems.append(f"{name}: expected {want[name]}, found {shape}")
+                else:
+                    state[name] = f.get_tensor(key).to(dtype)
+    if model.cfg.tie_word_embeddings:
+        state["lm_head.weight"] = state.get("model.embed_tokens.weight")
+    missing = [f"{k}: missing" for k in want if state.get(k) is None]
+    if problems + missing:
+        raise ValueError(f"{folder}: weights do not fit config.json\n  " +
+                         "\n  ".join((missing + problems)[:20]))
+    return state
+
+
+def hub_name(key: str) -> str:
+    """The name on the hub of a weight that a later transformers nested one level deeper."""
+    key = key.replace("model.language_model.", "model.", 1)
+    return key.removeprefix("model.") if key.startswith("model.visual.") else key
