@@ -1,0 +1,382 @@
+"""GRPO: reinforcement learning of a vision-language model with verifiable rewards.
+
+    python grpo.py recipes/tiny.toml --steps 50 --group 4
+
+Sources: Shao et al. 2024, "DeepSeekMath" (arXiv 2402.03300), Algorithm 1 and equations 3 and 4; the
+settings of R1-V. Variants beside it, a few lines each: DAPO (token mean, asymmetric clip, dynamic
+sampling; arXiv 2503.14476), Dr. GRPO (constant denominator; 2503.20783), GSPO (sequence ratio;
+2507.18071), RLOO (leave-one-out baseline; 2402.14740).
+
+What the papers leave open, and our choice: the group's standard deviation is the unbiased one and
+1e-4 is added to it (as R1-V does through TRL); every denominator is that of the whole optimizer
+step, so neither the micro-batch nor anything else that splits the work changes the gradient;
+log-probs are those of the sampled distribution, temperature and banned tokens included.
+
+What we do differently: the completions of a group share one copy of prompt and image, in sampling
+and in training (rollout.py), and with one update per batch the old log-probs are the current ones,
+so that no extra pass is needed.
+
+Letters: B prompts, G completions per prompt, T completion tokens. logp, old, ref (B, G, T) are
+log-probs of the sampled tokens by the policy that trains, that sampled, and the reference.
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import report
+from config import opt, parse
+from data import Processor, load_examples
+from evaluate import evaluate
+from journal import (
+    Seconds,
+    append,
+    log_probes,
+    log_rollout,
+    newest_checkpoint,
+    peak_memory_gb,
+    run_folder,
+    save_checkpoint,
+    write_json,
+)
+from model import Qwen2VL
+from optim import apply_gradients, draw_rows, make_optimizers, schedule, set_lr
+from rewards import load_rewards
+from rollout import Rollout, sample, score
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every key of a run. Defaults are R1-V's where it has one."""
+
+    model: str = opt("tiny", "checkpoint folder to start from")
+    data: str = opt("world:A:n=6400", "rows to train on: world:… or a .jsonl")
+    images: str | None = opt(None, "folder of the images of a .jsonl; default: beside it")
+    template: str = opt("r1v", "prompt template by name, or a text that holds {Question}")
+    max_pixels: int | None = opt(None, "pixels of an image at most; default: the checkpoint's")
+    max_prompt: int | None = opt(None, "tokens of a prompt at most; longer ones are refused")
+    out: str = opt("runs/grpo", "folder of the run")
+    seed: int = opt(0, "fixes data order and samples", least=0)
+
+    steps: int = opt(100, "optimizer batches: sample, score, update", least=1)
+    prompts: int = opt(16, "B, prompts per step", least=1)
+    group: int = opt(8, "G, completions per prompt", least=2)
+    max_new: int = opt(512, "T, tokens of a completion at most", least=1)
+    temperature: float = opt(1.0, "of sampling, and of the log-probs that are trained", above=0)
+    dynamic_sampling: int = opt(0, "times to replace groups without signal", least=0)
+
+    rewards: tuple[str, ...] = opt(("accuracy", "format"), "names, or file.py:function")
+    reward_weights: tuple[float, ...] = opt((1.0, 1.0), "one weight per reward")
+    advantage: str = opt("group", "group: (r - mean)/std; center: r - mean (Dr. GRPO); loo: RLOO",
+                         choices=("group", "center", "loo"))
+    ratio: str = opt("token", "importance ratio per token, or per sequence (GSPO)",
+                     choices=("token", "sequence"))
+    mean: str = opt("sequence", "sequence: mean over tokens, then sequences; token: DAPO's; "
+                    "constant: over sequences x max_new (Dr. GRPO)",
+                    choices=("sequence", "token", "constant"))
+    clip_low: float = opt(0.2, "the ratio is clipped below 1 - clip_low", above=0, most=1)
+    clip_high: float = opt(0.2, "and above 1 + clip_high (DAPO: 0.28)", above=0)
+    beta: float = opt(0.04, "weight of the KL to the start; 0 loads no reference", least=0)
+    updates_per_batch: int = opt(1, "updates on each batch of samples", least=1)
+    mask_truncated: bool = opt(False, "completions cut at max_new do not train (DAPO)")
+
+    optimizer: str = opt("adamw", "adamw; muon: Muon for matrices, AdamW for the rest",
+                         choices=("adamw", "muon"))
+    lr: float = opt(1e-6, "step size", above=0)
+    weight_decay: float = opt(0.0, "decoupled weight decay", least=0)
+    schedule: str = opt("linear", "of the step size after warm-up, to zero for linear and cosine",
+                        choices=("constant", "linear", "cosine"))
+    warmup: int = opt(0, "steps over which the step size rises from 0", least=0)
+    max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm", above=0)
+    micro_prompts: int = opt(4, "prompts, with completions, per forward and backward", least=1)
+    bf16: bool = opt(False, "compute in bfloat16; weights and optimizer stay float32")
+
+    evals: tuple[str, ...] = opt((), "NAME=SOURCE, scored greedily before and after")
+    probes: int = opt(6, "questions of the first eval that the report follows", least=0)
+    probe_every: int = opt(25, "steps between probes and logged samples", least=1)
+    save_every: int = opt(100, "steps between checkpoints", least=1)
+
+    def check(self):
+        """ValueError for what no single key can say."""
+        if len(self.rewards) != len(self.reward_weights):
+            raise ValueError(f"reward_weights: {len(self.reward_weights)} for {len(self.rewards)} "
+                             "rewards; give one weight per reward")
+        for item in self.evals:
+            if "=" not in item.split(":")[0]:
+                raise ValueError(f"evals: {item!r} is not NAME=SOURCE, as A=world:A:n=500")
+
+
+# --------------------------------------------------------------------- the algorithm, as functions
+
+
+def group_advantages(rewards: Tensor, kind: str = "group", eps: float = 1e-4) -> Tensor:
+    """Advantages (B, G) of rewards (B, G) against their own group; NaN is 'no reward'.
+
+    group: (r_i - mean) / (std + eps), std unbiased: DeepSeekMath, section 4.1.2.
+    center: r_i - mean: Dr. GRPO. loo: r_i - mean of the others: RLOO.
+    A completion without a reward is left out of its group's baseline and gets advantage 0.
+    """
+    n = (~rewards.isnan()).sum(1, keepdim=True)  # (B, 1)
+    centred = (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num(0.0)
+    if kind == "group":
+        std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+        return centred / (std + eps)
+    return centred * (n / (n - 1).clamp(min=1)) if kind == "loo" else centred
+
+
+def importance_ratio(logp: Tensor, old: Tensor, mask: Tensor, kind: str = "token") -> Tensor:
+    """pi / pi_old (B, G, T) per token; sequence: their geometric mean (B, G, 1) (GSPO, eq. 7)."""
+    log_ratio = (logp - old) * mask
+    if kind == "sequence":
+        log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return log_ratio.exp()
+
+
+def clipped_loss(ratio: Tensor, adv: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), (B, G, T); adv (B, G, 1).
+
+    DeepSeekMath, equation 3, its first term; the two bounds are DAPO's.
+    """
+    return -torch.minimum(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
+
+
+def k3(logp: Tensor, ref: Tensor) -> Tensor:
+    """KL(pi || ref) per token, unbiased and never negative: DeepSeekMath, equation 4."""
+    return (ref - logp).exp() - (ref - logp) - 1
+
+
+def token_weights(mask: Tensor, mean: str, sequences: int, max_new: int) -> Tensor:
+    """Weights (B, G, T), so that the loss of a step is sum(weights x token loss).
+
+    mask (B, G, T) is that of the whole step: the denominators are known before the first backward.
+    sequence: 1 / (|o_i| sequences), GRPO. token: 1 / (all tokens), DAPO. constant:
+    1 / (sequences max_new), Dr. GRPO.
+    """
+    if mean == "token":
+        return mask / mask.sum().clamp(min=1)
+    if mean == "constant":
+        return mask / (sequences * max_new)
+    return mask / mask.sum(-1, keepdim=True).clamp(min=1) / sequences
+
+
+# --------------------------------------------------------------- the steps of a run, in their order
+
+
+def sample_groups(model, processor, examples, drawn, count, cfg) -> Rollout:
+    """The next `count` prompts of the data order with their completions (lines 5 and 7)."""
+    rows = draw_rows(len(examples), cfg.seed, drawn, count)
+    prompts = [processor.prompt(examples[i], cfg.max_prompt) for i in rows]
+    uids = list(range(drawn, drawn + count))
+    return sample(
+        model, processor, prompts, cfg.group, cfg.max_new, cfg.temperature, cfg.seed, uids
+    )
+
+
+def reward_table(rollout: Rollout, rewards: list) -> Tensor:
+    """Rewards (R, B, G) of R functions, NaN for None; each text meets its own prompt's example."""
+    def one(f, text, example):
+        value = f(text, example)
+        return math.nan if value is None else float(value)
+
+    return torch.tensor([
+        [[one(f, text, prompt.example) for text in texts]
+         for prompt, texts in zip(rollout.prompts, rollout.texts)]
+        for _, f, _ in rewards
+    ])  # fmt: skip
+
+
+def total_reward(table: Tensor, rewards: list) -> Tensor:
+    """Weighted sum (B, G) over the functions; NaN where none of them gave a reward."""
+    weights = torch.tensor([w for _, _, w in rewards])[:, None, None]
+    return (table * weights).nansum(0).masked_fill(table.isnan().all(0), math.nan)
+
+
+def has_signal(reward: Tensor) -> Tensor:
+    """(B,) True where the rewards (B, G) of a group are not all equal."""
+    return reward.nan_to_num(math.inf).amin(1) < reward.nan_to_num(-math.inf).amax(1)
+
+
+def sample_batch(model, processor, examples, rewards, drawn, cfg):
+    """B groups, their rewards (R, B, G), and how many prompts have been drawn by now.
+
+    Dynamic sampling (DAPO, section 3.2): groups whose rewards are all equal are replaced by fresh
+    prompts, `dynamic_sampling` times at most; what is still without signal then stays in.
+    """
+    rollout = sample_groups(model, processor, examples, drawn, cfg.prompts, cfg)
+    drawn += cfg.prompts
+    table = reward_table(rollout, rewards)
+    for _ in range(cfg.dynamic_sampling):
+        dull = (~has_signal(total_reward(table, rewards))).nonzero()[:, 0].tolist()
+        if not dull:
+            break
+        fresh = sample_groups(model, processor, examples, drawn, len(dull), cfg)
+        drawn += len(dull)
+        rollout = rollout.replace(dull, fresh)
+        table[:, dull] = reward_table(fresh, rewards)
+    return rollout, table, drawn
+
+
+def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
+    """Lines 10 and 11: `updates_per_batch` optimizer steps on one batch; the metrics of the last.
+
+    The gradient of a step is that of sum(weights x token loss) over the whole batch, whatever
+    `micro_prompts` is. A step whose loss or gradient is not finite is skipped and counted.
+    """
+    mask = rollout.mask
+    if cfg.mask_truncated:
+        mask = mask & rollout.finished[..., None]
+    weights = token_weights(mask, cfg.mean, adv.numel(), cfg.max_new)
+    rows = list(range(len(rollout.prompts)))
+    micros = [rows[i : i + cfg.micro_prompts] for i in range(0, len(rows), cfg.micro_prompts)]
+    parts = [(rollout.select(m), adv[m][..., None], mask[m], weights[m]) for m in micros]
+
+    def frozen(policy):  # (B, G, T) of each micro-batch, without gradient
+        with torch.no_grad():
+            return [score(policy, p[0], cfg.temperature, banned)[0] for p in parts]
+
+    refs = frozen(reference) if reference else [None] * len(parts)
+    olds = frozen(model) if cfg.updates_per_batch > 1 else [None] * len(parts)
+    skipped = 0
+    for _ in range(cfg.updates_per_batch):
+        sums = defaultdict(float)
+        for (part, a, m, w), ref, old in zip(parts, refs, olds):
+            logp, entropy = score(model, part, cfg.temperature, banned)
+            now = logp.detach()
+            ratio = importance_ratio(logp, now if old is None else old, m, cfg.ratio)
+            token_loss = clipped_loss(ratio, a, cfg.clip_low, cfg.clip_high)
+            if reference:
+                kl = k3(logp, ref)
+                token_loss = token_loss + cfg.beta * kl
+                sums["kl"] += float((kl.detach() * part.mask).sum())
+            loss = (w * token_loss).sum()
+            loss.backward()
+            sums["loss"] += float(loss.detach())
+            sums["entropy"] += float(entropy.sum())
+            high, low = (ratio > 1 + cfg.clip_high) & (a > 0), (ratio < 1 - cfg.clip_low) & (a < 0)
+            sums["clip_share"] += float(((high | low) & part.mask).sum())
+            sums["mismatch"] += float(((part.logp - now).abs().exp() * part.mask).sum())
+        norm = apply_gradients(model, optimizers, cfg.max_grad_norm, sums["loss"])
+        skipped += norm is None
+    tokens = int(rollout.mask.sum())
+    means = {k: v / tokens for k, v in sums.items() if k != "loss"}
+    return {"loss": sums["loss"], **means, "grad_norm": norm, "skipped": skipped}
+
+
+# ---------------------------------------------------------------------------------------- the run
+
+
+def step_metrics(rollout: Rollout, table: Tensor, rewards: list, reward: Tensor) -> dict:
+    """What the samples of a step say; the shares are over completions, no_signal over groups."""
+    lengths = rollout.lengths.float()
+    rows = {f"reward/{name}": float(t.nanmean()) for (name, _, _), t in zip(rewards, table)}
+    names = [name for name, _, _ in rewards]
+    if {"accuracy", "format"} <= set(names):
+        right, form = (table[names.index(k)] for k in ("accuracy", "format"))
+        rows["format_only"] = float(((form == 1) & (right == 0)).float().mean())
+    return {
+        "reward": float(reward.nanmean()), **rows,
+        "reward_std": float(reward.std(1).nanmean()),
+        "no_signal": float((~has_signal(reward)).float().mean()),
+        "no_reward": float(reward.isnan().float().mean()),
+        "length/mean": float(lengths.mean()), "length/min": float(lengths.min()),
+        "length/max": float(lengths.max()),
+        "truncated": float((~rollout.finished).float().mean()),
+    }  # fmt: skip
+
+
+def evaluate_all(model, processor, evals: dict, cfg, out: Path, when: str) -> dict:
+    """Greedy results on every eval; details go to eval/NAME_WHEN.json, summaries are returned."""
+    found = {}
+    for name, examples in evals.items():
+        full = evaluate(model, processor, examples, max_new=cfg.max_new, title=f"{when}: {name}")
+        write_json(full, out / "eval" / f"{name}_{when}.json")
+        found[name] = {k: v for k, v in full.items() if k != "results"}
+    return found
+
+
+def train(cfg: Config) -> dict:
+    """The box of DeepSeekMath, Algorithm 1; its lines stand where they are done. -> the summary"""
+    seconds, device = Seconds(), "cuda" if torch.cuda.is_available() else "cpu"
+    rewards = load_rewards(cfg.rewards, cfg.reward_weights)
+    folder = newest_checkpoint(cfg.model)
+    processor = Processor.from_pretrained(folder, cfg.template, max_pixels=cfg.max_pixels)
+    with seconds("render"):
+        examples = load_examples(cfg.data, cfg.images, part="train")
+        evals = {k: load_examples(v, part="test") for k, v in (e.split("=", 1) for e in cfg.evals)}
+    out = run_folder(cfg.out, cfg)
+    policy = Qwen2VL.from_pretrained(folder, device=device)  # 1: initial policy model
+    reference = Qwen2VL.from_pretrained(folder, device=device) if cfg.beta else None  # 3
+    optimizers = make_optimizers(policy, cfg.optimizer, cfg.lr, cfg.weight_decay)
+    half = partial(torch.autocast, device, torch.bfloat16, enabled=cfg.bf16)
+    probes = [processor.prompt(e) for e in (next(iter(evals.values()), examples))[: cfg.probes]]
+    with seconds("eval"), half():
+        before = evaluate_all(policy, processor, evals, cfg, out, "before")
+        log_probes(out, 0, policy, processor, probes, rewards, cfg.max_new)
+
+    drawn, bad = 0, 0  # prompts drawn so far, steps without an update in a row
+    bar = tqdm(range(1, cfg.steps + 1), desc="grpo", unit="step")
+    for step in bar:  # 4: for step = 1, ..., M
+        lr = cfg.lr * schedule(step, cfg.steps, cfg.warmup, cfg.schedule)
+        set_lr(optimizers, lr)
+        with seconds("sample"), half():
+            # 5: sample a batch    7: sample G outputs for each question    8: compute rewards
+            rollout, table, drawn = sample_batch(policy, processor, examples, rewards, drawn, cfg)
+            reward = total_reward(table, rewards)
+        # 9: compute the advantages through group relative estimation
+        adv = group_advantages(reward, cfg.advantage).to(device)
+        with seconds("update"), half():
+            # 10: for GRPO iteration = 1, ..., mu    11: update by maximizing the GRPO objective
+            found = update(policy, reference, optimizers, rollout, adv, processor.banned_ids, cfg)
+        took = {f"time/{k}": seconds.last[k] for k in ("sample", "update")}
+        row = {"step": step, "lr": lr, **step_metrics(rollout, table, rewards, reward), **found,
+               "seconds": seconds.since_start(), "drawn": drawn, **took,
+               "completions_per_second": adv.numel() / sum(took.values())}
+        append(out / "metrics.jsonl", row)
+        bar.set_postfix({k: f"{row[k]:.2f}" for k in ("reward", "length/mean")})
+        bad = bad + 1 if found["skipped"] == cfg.updates_per_batch else 0
+        if bad == 5:
+            raise SystemExit(f"step {step}: 5 updates in a row were not finite and were skipped. "
+                             "Try a smaller --lr or --max_grad_norm, or --bf16 false.")
+        with seconds("log"), half():
+            if step == 1 or step % cfg.probe_every == 0:
+                log_rollout(out, step, rollout, table, rewards, adv)
+                log_probes(out, step, policy, processor, probes, rewards, cfg.max_new)
+            if step % cfg.save_every == 0 or step == cfg.steps:
+                save_checkpoint(policy, processor, out / f"step_{step:06d}")
+    with seconds("eval"), half():
+        after = evaluate_all(policy, processor, evals, cfg, out, "after")
+    seconds["grpo"] = seconds["sample"] + seconds["update"] + seconds["log"]
+    shown = {k: round(seconds[k], 1) for k in ("render", "tiny", "grpo", "eval")}
+    found = {"before": before, "after": after, "seconds": shown, "steps": cfg.steps,
+             "seed": cfg.seed, "peak_memory_gb": round(peak_memory_gb(), 3)}
+    write_json(found, out / "summary.json")
+    print_summary(found, out, report.write(out))
+    return found
+
+
+def print_summary(found: dict, out: Path, page: Path) -> None:
+    """The table of before and after, and where things lie."""
+    print(f"\n{'':10}  before              after               format        (95 % interval)")
+    for name, b in found["before"].items():
+        a = found["after"][name]
+        cells = (f"{x['accuracy']:.3f} ({x['low']:.2f}-{x['high']:.2f})" for x in (b, a))
+        print(f"{name:10}  {'  '.join(cells)}  {b['format']:.2f} -> {a['format']:.2f}")
+    print(f"\ncheckpoint  {newest_checkpoint(str(out))}\nreport      {page}")
+
+
+def main(argv=None) -> dict:
+    cfg = parse(Config, argv, __doc__)
+    try:
+        return train(cfg)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

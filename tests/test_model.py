@@ -1,0 +1,827 @@
+"""model.py, chapter two: the model equals transformers, and sharing a prompt changes nothing.
+
+Every comparison with transformers is on random checkpoints that transformers wrote itself
+(tests/tiny_checkpoint.py), in float32 on the CPU. Sharing and caching are compared with the naive
+way: each completion after a prompt and an image of its own, in a forward of its own.
+
+Letters as in model.py: B prompts, G completions per prompt, L prompt tokens, T completion tokens,
+S packed tokens, P patches, C numbers per patch, V vocabulary.
+"""
+
+import copy
+import functools
+import json
+import math
+import pickle
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiny_checkpoint import make_checkpoint
+from torch import Tensor
+from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
+
+import model as model_file
+from model import (
+    Cache,
+    Layout,
+    ModelConfig,
+    Qwen2VL,
+    attend_shared,
+    frames_by_length,
+    mrope,
+    rotate,
+    vision_rope,
+)
+
+TEXT, PAD, START, END, IMAGE = 384, 384, 393, 394, 396  # token ids of make_checkpoint's tokenizer
+SHAPES = {  # heads per key head, head tied to the embedding or not
+    "ratio 2, tied": {},
+    "ratio 3, untied": {"heads": 6, "kv_heads": 2, "width": 96, "tie": False},
+    "ratio 1, untied": {"kv_heads": 4, "tie": False, "mrope_section": (4, 2, 2)},
+    "one key head, tied": {"kv_heads": 1, "layers": 3, "padded_vocab": 416},
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+
+
+@dataclass
+class Prompt:
+    """ids (L,), positions (3, L) as transformers counts them, patches (P, C), grid (n, 3)."""
+
+    ids: Tensor
+    positions: Tensor
+    patches: Tensor
+    grid: Tensor
+
+    def then(self, completion: Tensor) -> "Prompt":
+        after = self.positions.max() + 1 + torch.arange(len(completion)).expand(3, -1)
+        positions = torch.cat((self.positions, after), 1)
+        return replace(self, ids=torch.cat((self.ids, completion)), positions=positions)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """pair(shape) -> folder of a checkpoint, our model of it, transformers' model of it."""
+
+    @functools.cache
+    def make(shape: str = "ratio 2, tied"):
+        folder = make_checkpoint(tmp_path_factory.mktemp("checkpoint"), **SHAPES[shape])
+        return folder, Qwen2VL.from_pretrained(folder), load_reference(folder)
+
+    return make
+
+
+def load_reference(folder) -> Qwen2VLForConditionalGeneration:
+    return Qwen2VLForConditionalGeneration.from_pretrained(folder).eval()
+
+
+def make_prompt(reference, seed: int, *grids, words: int = 3) -> Prompt:
+    """`words` random text tokens, then for each grid an image and `words` more."""
+    gen = torch.Generator().manual_seed(seed)
+    parts = [torch.randint(TEXT, (words,), generator=gen)]
+    for t, h, w in grids:
+        parts += [torch.tensor([START] + [IMAGE] * (t * h * w // 4) + [END])]
+        parts += [torch.randint(TEXT, (words,), generator=gen)]
+    ids = torch.cat(parts)
+    grid = torch.tensor(grids, dtype=torch.int64).view(-1, 3)
+    patches = torch.randn(int(grid.prod(1).sum()), 3 * 2 * 14 * 14, generator=gen)
+    kinds = (ids == IMAGE).long()[None]
+    positions = reference.model.get_rope_index(ids[None], kinds, grid)[0][:, 0]
+    return Prompt(ids, positions, patches, grid)
+
+
+def make_text(seed: int, n: int) -> Tensor:
+    return torch.randint(TEXT, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def pack(prompts: list[Prompt], completions=()):
+    """ids (S,), positions (3, S), layout, image_at (I,) of B prompts, B rows of G completions."""
+    ids, positions = [p.ids for p in prompts], [p.positions for p in prompts]
+    for prompt, row in zip(prompts, completions):
+        ids += row
+        positions += [prompt.then(c).positions[:, len(prompt.ids) :] for c in row]
+    layout = Layout([len(p.ids) for p in prompts], [[len(c) for c in row] for row in completions])
+    ids = torch.cat(ids)
+    return ids, torch.cat(positions, 1), layout, (ids == IMAGE).nonzero()[:, 0]
+
+
+def run(model, prompts: list[Prompt], completions=(), cache=None):
+    """Hidden states, vision tower included: B of (L, D), and B rows of G of (T, D)."""
+    ids, positions, layout, image_at = pack(prompts, completions)
+    patches, grid = (torch.cat([getattr(p, k) for p in prompts]) for k in ("patches", "grid"))
+    features = model.visual(patches, grid) if len(grid) else None
+    hidden = model(ids, positions, layout, features, image_at, cache)
+    texts = [p.ids for p in prompts] + [c for row in completions for c in row]
+    parts = iter(hidden.split([len(text) for text in texts]))
+    return [next(parts) for _ in prompts], [[next(parts) for _ in row] for row in completions]
+
+
+def logits(model, prompts: list[Prompt]) -> Tensor:
+    return torch.cat(run(model, prompts)[0]) @ model.head.T  # (S, V)
+
+
+def reference_logits(reference, prompts: list[Prompt], side: str = "right") -> Tensor:
+    """transformers' logits of a padded batch at the real tokens, (S, V)."""
+    width = max(len(p.ids) for p in prompts)
+    ids, real = torch.full((len(prompts), width), PAD), torch.zeros(len(prompts), width).bool()
+    for i, p in enumerate(prompts):
+        at = slice(0, len(p.ids)) if side == "right" else slice(width - len(p.ids), width)
+        ids[i, at], real[i, at] = p.ids, True
+    images = {}
+    if any(len(p.grid) for p in prompts):
+        images["pixel_values"] = torch.cat([p.patches for p in prompts])
+        images["image_grid_thw"] = torch.cat([p.grid for p in prompts])
+        images["mm_token_type_ids"] = (ids == IMAGE).long()
+    return reference(input_ids=ids, attention_mask=real.long(), **images).logits[real]
+
+
+def gradients(model, loss: Tensor) -> dict[str, Tensor]:
+    """Of every parameter, under its name on the hub."""
+    names, weights = zip(*model.named_parameters())
+    found = torch.autograd.grad(loss, weights)
+    return {model_file.hub_name(k): g for k, g in zip(names, found)}
+
+
+def assert_near(found: Tensor, expected: Tensor, most: float = 1e-4):
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < most
+
+
+def assert_same_gradients(found: dict, expected: dict, most: float):
+    """The distance is at most `most` of the length, parameter by parameter."""
+    assert found.keys() == expected.keys()
+    for name, g in expected.items():
+        assert g.norm() > 1e-3, f"{name}: too small a gradient to compare"
+        assert (found[name] - g).norm() < most * g.norm(), name
+
+
+# ---------------------------------------------------------------------------------------- config
+
+SIZES = {
+    "vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+}  # fmt: skip
+VISION = {"depth": 3, "embed_dim": 32, "num_heads": 2, "hidden_size": 48, "mlp_ratio": 2}
+FLAT = {  # as the checkpoints on the hub
+    **SIZES, "model_type": "qwen2_vl", "rope_theta": 5e5, "tie_word_embeddings": True,
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}, "vision_config": VISION,
+    "use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 28,
+}  # fmt: skip
+ROPE = {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [2, 1, 1]}
+NESTED = {  # as transformers 5 writes
+    "model_type": "qwen2_vl", "tie_word_embeddings": True, "vision_config": VISION,
+    "text_config": {**SIZES, "model_type": "qwen2_vl_text", "rope_parameters": ROPE},
+}  # fmt: skip
+
+
+def test_both_layouts_of_config_json_read_equally():
+    flat, nested = ModelConfig.from_dict(FLAT), ModelConfig.from_dict(NESTED)
+    assert replace(flat, raw={}) == replace(nested, raw={})
+    for name, value in SIZES.items():
+        assert getattr(flat, name) == value
+    for name, value in VISION.items():
+        assert getattr(flat.vision, name) == value
+    assert (flat.rope_theta, flat.mrope_section, flat.head_dim) == (5e5, (2, 1, 1), 8)
+    assert flat.tie_word_embeddings is True
+
+
+def test_a_head_is_tied_only_where_the_config_says_so():
+    for raw in (FLAT, NESTED):
+        assert not ModelConfig.from_dict({**raw, "tie_word_embeddings": False}).tie_word_embeddings
+        silent = {k: v for k, v in raw.items() if k != "tie_word_embeddings"}
+        assert not ModelConfig.from_dict(silent).tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        ({"model_type": "qwen2_5_vl"}, "qwen2_5_vl"),
+        ({"model_type": None}, "model_type"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "dynamic"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"vision_config": {**VISION, "hidden_act": "relu"}}, "relu"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        ModelConfig.from_dict({**FLAT, **wrong})
+
+
+# ------------------------------------------------------------------------------------- positions
+
+
+def test_rotate_turns_the_first_half_against_the_second():
+    """(a, b) -> (a cos - b sin, b cos + a sin), where b stands half of d after a."""
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 4)
+    cos, sin = torch.tensor([[0.0, 0.6, 0.0, 0.6]]), torch.tensor([[1.0, 0.8, 1.0, 0.8]])
+    expected = [-3.0, 2 * 0.6 - 4 * 0.8, 1.0, 4 * 0.6 + 2 * 0.8]
+    assert_near(rotate(x, cos, sin).flatten(), torch.tensor(expected), 1e-6)
+
+
+def test_mrope_gives_each_section_its_axis():
+    """theta 8, d 6: frequencies 1, 1/2, 1/4; time 1, height 4, width 12: angles 1, 2, 3."""
+    cos, sin = mrope(torch.tensor([[1], [4], [12]]), 6, 8.0, (1, 1, 1))
+    angles = torch.tensor([[1.0, 2.0, 3.0, 1.0, 2.0, 3.0]])
+    assert_near(cos, angles.cos(), 1e-6)
+    assert_near(sin, angles.sin(), 1e-6)
+
+
+def test_mrope_of_text_is_plain_rope():
+    """All three positions equal n: angle n / theta^(2i/d), whatever the sections."""
+    plain = [[n / 100.0 ** (2 * i / 16) for i in range(8)] * 2 for n in (0, 1, 7)]
+    for section in ((2, 3, 3), (4, 2, 2)):
+        cos, sin = mrope(torch.tensor([0, 1, 7]).expand(3, -1), 16, 100.0, section)
+        assert_near(cos, torch.tensor(plain).cos(), 1e-6)
+        assert_near(sin, torch.tensor(plain).sin(), 1e-6)
+
+
+def test_vision_rope_follows_the_merge_blocks():
+    """d 4: one frequency, angles row, column, row, column; 2 x 4 patches are two 2 x 2 blocks."""
+    cos, sin = vision_rope([[1, 2, 4]], 2, 4, "cpu")
+    blocks = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3)]
+    angles = torch.tensor([2 * place for place in blocks]).float()
+    assert_near(cos, angles.cos(), 1e-6)
+    assert_near(sin, angles.sin(), 1e-6)
+
+
+def test_vision_rope_equals_transformers(pair):
+    _, _, reference = pair()
+    prompt, seen = make_prompt(reference, 0, (1, 4, 6), (2, 8, 2)), []
+    rope = reference.model.visual.rotary_pos_emb
+    hook = rope.register_forward_hook(lambda module, args, output: seen.append(output))
+    reference.model.visual(prompt.patches, grid_thw=prompt.grid)
+    hook.remove()
+    for found, expected in zip(vision_rope(prompt.grid.tolist(), 2, 16, "cpu"), seen[0]):
+        assert_near(found, expected.view_as(found), 1e-6)
+
+
+# ---------------------------------------------------------------------------------- vision tower
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "grids",
+    [
+        [(1, 4, 6)],
+        [(1, 2, 2)],  # one token
+        [(1, 4, 6), (1, 8, 4), (1, 2, 14), (1, 6, 4)],  # unequal, two of them equally long
+        [(1, 4, 4)] * 3,
+        [(1, 4, 6), (1, 6, 4)],  # equally long, not equal
+        [(3, 4, 2), (1, 4, 4), (2, 2, 4)],  # several frames
+        [(3, 4, 4)],
+    ],
+)
+def test_vision_tower_equals_transformers(pair, grids):
+    _, model, reference = pair()
+    p = make_prompt(reference, 1, *grids)
+    expected = reference.model.visual(p.patches, grid_thw=p.grid)
+    assert_near(model.visual(p.patches, p.grid), expected.pooler_output)
+    assert_near(model.visual.patch_states(p.patches, p.grid), expected.last_hidden_state)
+
+
+def test_frames_of_equal_length_attend_in_one_call():
+    assert frames_by_length([[1, 4, 6], [2, 6, 4]], "cpu") == [(slice(None), 3, 24)]
+    (a, *small), (b, *large) = frames_by_length([[1, 2, 4], [2, 2, 2], [1, 4, 2]], "cpu")
+    assert (a.tolist(), small) == (list(range(8, 16)), [2, 4])
+    assert (b.tolist(), large) == ([*range(8), *range(16, 24)], [2, 8])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("other", [(1, 4, 4), (1, 6, 2)])  # one call of attention, or two
+def test_features_of_an_image_do_not_depend_on_its_neighbours(pair, other):
+    _, model, reference = pair()
+    p = make_prompt(reference, 2, (1, 4, 4), other)
+    alone = model.visual(p.patches[:16], p.grid[:1])
+    together = model.visual(p.patches, p.grid)
+    changed = p.patches.clone()
+    changed[16:] += 1
+    beside = model.visual(changed, p.grid)
+    assert_near(together[:4], alone, 1e-5)
+    assert torch.equal(beside[:4], together[:4])
+    assert (beside[4:] - together[4:]).abs().amin(0).max() > 1e-3
+
+
+# ------------------------------------------------------------------------------- packed sequences
+
+
+def test_packed_tokens_go_to_their_rows_and_back():
+    layout = Layout([2, 3], [[0, 2], [1, 1]])
+    x = torch.arange(1.0, 6)
+    padded = model_file.unpack(x, layout.prompt_at, layout.B, layout.L)
+    assert padded.tolist() == [[1, 2, 0], [3, 4, 5]]
+    assert model_file.repack(padded, layout.prompt_at).tolist() == x.tolist()
+    assert layout.prompt_mask.tolist() == [[True, True, False], [True, True, True]]
+    own = model_file.unpack(torch.arange(1.0, 5), layout.completion_at, 4, layout.T)
+    assert own.tolist() == [[0, 0], [1, 2], [3, 0], [4, 0]]
+    assert (layout.groups, layout.S_prompt) == ((2, 2), 5)
+
+
+def test_equal_lengths_are_neither_copied_nor_masked():
+    layout = Layout([3, 3], [[2], [2]])
+    assert layout.prompt_at is layout.completion_at is layout.prompt_mask is None
+    x = torch.arange(6.0)
+    assert model_file.unpack(x, None, 2, 3).data_ptr() == x.data_ptr()
+
+
+# --------------------------------------------------------------------------------------- decoder
+
+
+def test_completions_average_what_they_may_see():
+    """Queries of zero attend equally, so the output is the mean of the visible values.
+
+    Prompt values 1, 3; own values 5, 7. Token 0 sees 1, 3, 5; token 1 sees all four.
+    """
+    q, k = torch.zeros(1, 1, 2, 1, 1), torch.randn(1, 1, 1, 2, 1)
+    v = torch.tensor([5.0, 7.0]).view(1, 1, 1, 2, 1)
+    prompt_v = torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
+    y = attend_shared(q, k, v, torch.randn(1, 1, 2, 1), prompt_v)
+    assert_near(y.flatten(), torch.tensor([3.0, 4.0]), 1e-6)
+    mask = torch.tensor([[True, False]])  # the prompt is one token long
+    y = attend_shared(q, k, v, torch.randn(1, 1, 2, 1), prompt_v, mask)
+    assert_near(y.flatten(), torch.tensor([3.0, 13 / 3]), 1e-6)
+    y = attend_shared(q[:, :, 1:], k, v, torch.randn(1, 1, 2, 1), prompt_v)  # the last of two
+    assert_near(y.flatten(), torch.tensor([4.0]), 1e-6)
+
+
+def test_attend_shared_is_one_softmax_over_prompt_and_own_keys():
+    """Naive twin: each completion, each head, alone; query head h reads key head h // R."""
+    B, G, T, S, H, K, L, d = 2, 3, 2, 4, 6, 2, 5, 4
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, G, *x, d, generator=gen) for x in ((T, H), (K, S), (K, S)))
+    prompt_k, prompt_v = (torch.randn(B, K, L, d, generator=gen) for _ in range(2))
+    lengths = [5, 3]
+    y = attend_shared(q, k, v, prompt_k, prompt_v, torch.arange(L) < torch.tensor(lengths)[:, None])
+    for b, g, t, h in torch.cartesian_prod(*map(torch.arange, (B, G, T, H))).tolist():
+        n, own, j = lengths[b], S - T + t + 1, h // (H // K)
+        keys = torch.cat((prompt_k[b, j, :n], k[b, g, j, :own]))
+        values = torch.cat((prompt_v[b, j, :n], v[b, g, j, :own]))
+        p = (keys @ q[b, g, t, h] / math.sqrt(d)).softmax(0)
+        assert_near(y[b, g, t, h], p @ values, 1e-5)
+
+
+def awkward(reference) -> list[Prompt]:
+    """Unequal lengths; several unequal images, none, one, one of two frames."""
+    return [
+        make_prompt(reference, 3, (1, 4, 6), (1, 8, 4), (1, 2, 2)),
+        make_prompt(reference, 4, words=5),
+        make_prompt(reference, 5, (1, 2, 6), words=1),
+        make_prompt(reference, 6, (2, 4, 4)),
+    ]
+
+
+@torch.no_grad()
+@every_shape
+def test_logits_equal_transformers(pair, shape):
+    """Packed here, padded on the right or on the left there."""
+    _, model, reference = pair(shape)
+    prompts = awkward(reference)
+    found = logits(model, prompts)
+    for side in ("right", "left"):
+        assert_near(found, reference_logits(reference, prompts, side))
+    for part, p in zip(found.split([len(p.ids) for p in prompts]), prompts):
+        assert_near(part, reference_logits(reference, [p]))
+
+
+@torch.no_grad()
+def test_logits_of_prompts_without_an_image_equal_transformers(pair):
+    _, model, reference = pair("ratio 3, untied")
+    prompts = [make_prompt(reference, i, words=n) for i, n in enumerate((1, 9, 4))]
+    for side in ("right", "left"):
+        assert_near(logits(model, prompts), reference_logits(reference, prompts, side))
+    assert_near(logits(model, prompts[:1]), reference_logits(reference, prompts[:1]))
+
+
+@every_shape
+def test_gradients_equal_transformers(pair, shape):
+    """Of a weighted sum of log-probs, for every parameter of both towers."""
+    _, model, reference = pair(shape)
+    prompts = awkward(reference)
+    targets = make_text(7, sum(len(p.ids) for p in prompts))
+    weight = torch.randn(len(targets), generator=torch.Generator().manual_seed(8))
+
+    def loss(scores: Tensor) -> Tensor:
+        return (weight * scores.log_softmax(-1).gather(-1, targets[:, None])[:, 0]).sum()
+
+    found = gradients(model, loss(logits(model, prompts)))
+    expected = gradients(reference, loss(reference_logits(reference, prompts)))
+    if model.cfg.tie_word_embeddings:
+        assert "lm_head.weight" not in found
+    assert_same_gradients(found, expected, 1e-3)
+
+
+@torch.no_grad()
+@every_shape
+def test_greedy_continuation_equals_transformers_token_for_token(pair, shape):
+    _, model, reference = pair(shape)
+    prompts, new = awkward(reference)[:3], 12
+    cache = Cache(model.cfg.num_hidden_layers, new)
+    hidden = torch.stack([h[-1] for h in run(model, prompts, cache=cache)[0]])
+    position = torch.stack([p.positions.max() + 1 for p in prompts])
+    tokens = []
+    for t in range(new):
+        tokens.append((hidden @ model.head.T).argmax(-1))  # (B,)
+        layout = Layout([], [[1]] * len(prompts))
+        hidden = model(tokens[-1], (position + t).expand(3, -1), layout, cache=cache)
+    for p, ours in zip(prompts, torch.stack(tokens, 1)):
+        images = {"pixel_values": p.patches, "image_grid_thw": p.grid} if len(p.grid) else {}
+        config = GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=PAD)
+        theirs = reference.generate(
+            p.ids[None], mm_token_type_ids=(p.ids == IMAGE).long()[None], generation_config=config,
+            attention_mask=torch.ones(1, len(p.ids)), **images,
+        )  # fmt: skip
+        assert ours.tolist() == theirs[0, len(p.ids) :].tolist()
+        # A random model with a tied head likes to repeat its last token.
+        assert model.cfg.tie_word_embeddings or len(set(ours.tolist())) > 2
+
+
+def test_random_weights_are_fixed_by_their_seed():
+    a, b, other = (Qwen2VL(ModelConfig.from_dict(FLAT)).init_weights(s) for s in (0, 0, 1))
+    for (name, x), y, z in zip(a.named_parameters(), b.parameters(), other.parameters()):
+        assert torch.equal(x, y)
+        if x.dim() == 1:
+            assert x.unique().tolist() == [0.0 if name.endswith("bias") else 1.0], name
+        else:
+            assert not torch.equal(x, z) and abs(x.std() / 0.02 - 1) < 0.1, name
+
+
+# ----------------------------------------------------------------------------------- shared prompt
+
+
+def groups_of(reference, lengths) -> tuple[list[Prompt], list[list[Tensor]]]:
+    """Three prompts of unequal lengths, two of them with images, and completions of `lengths`."""
+    prompts = [
+        make_prompt(reference, 10, (1, 4, 6), (1, 4, 4)),
+        make_prompt(reference, 11, (1, 2, 8), words=2),
+        make_prompt(reference, 12, words=7),
+    ]
+    seeds = iter(range(100))
+    return prompts, [[make_text(next(seeds), n) for n in row] for row in lengths]
+
+
+RAGGED = [[4, 1, 6], [3, 5, 2], [1, 6, 3]]
+WITH_EMPTY = [[0, 2, 5], [3, 0, 0], [0, 0, 0]]
+every_length = pytest.mark.parametrize("lengths", [RAGGED, WITH_EMPTY, [[4, 4]] * 3, [[3]] * 3])
+
+
+@torch.no_grad()
+@every_length
+@pytest.mark.parametrize("shape", ["ratio 2, tied", "ratio 3, untied", "ratio 1, untied"])
+def test_a_shared_prompt_gives_the_hidden_states_of_repeated_prompts(pair, shape, lengths):
+    _, model, reference = pair(shape)
+    prompts, completions = groups_of(reference, lengths)
+    of_prompts, of_completions = run(model, prompts, completions)
+    for p, row, shared, owns in zip(prompts, completions, of_prompts, of_completions):
+        for completion, own in zip(row, owns):
+            ((alone,), _) = run(model, [p.then(completion)])
+            assert_near(torch.cat((shared, own)), alone, 1e-5)
+
+
+def completion_loss(head: Tensor, before: Tensor, completion: Tensor, seed: int) -> Tensor:
+    """Weighted log-probs of a completion (T,), given hidden states `before` (T, D) its tokens."""
+    weight = torch.randn(len(completion), generator=torch.Generator().manual_seed(seed))
+    logp = (before @ head.T).log_softmax(-1).gather(-1, completion[:, None])[:, 0]
+    return (weight * logp).sum()
+
+
+@pytest.mark.parametrize("lengths", [RAGGED, WITH_EMPTY])
+@pytest.mark.parametrize("shape", ["ratio 2, tied", "ratio 3, untied"])
+def test_a_shared_prompt_gives_the_gradients_of_repeated_prompts(pair, shape, lengths):
+    _, model, reference = pair(shape)
+    prompts, completions = groups_of(reference, lengths)
+    of_prompts, of_completions = run(model, prompts, completions)
+    shared, repeated = 0.0, 0.0
+    for b, (p, row) in enumerate(zip(prompts, completions)):
+        L = len(p.ids)
+        for g, completion in enumerate(row):
+            before = torch.cat((of_prompts[b][-1:], of_completions[b][g]))[:-1]
+            shared += completion_loss(model.head, before, completion, 7 * b + g)
+            ((alone,), _) = run(model, [p.then(completion)])
+            repeated += completion_loss(model.head, alone[L - 1 : -1], completion, 7 * b + g)
+    assert_same_gradients(gradients(model, shared), gradients(model, repeated), 1e-5)
+
+
+@torch.no_grad()
+def test_changing_an_image_moves_only_its_own_group(pair):
+    _, model, reference = pair()
+    prompts, completions = groups_of(reference, RAGGED)
+    before = run(model, prompts, completions)
+    changed = prompts[0].patches.clone()
+    changed[24:] += 1  # the second image of the first prompt
+    after = run(model, [replace(prompts[0], patches=changed), *prompts[1:]], completions)
+    for b in (1, 2):
+        assert torch.equal(before[0][b], after[0][b])
+        assert all(torch.equal(x, y) for x, y in zip(before[1][b], after[1][b]))
+    first = int((prompts[0].ids == END).nonzero()[0])  # the first image's end
+    assert torch.equal(before[0][0][: first + 1], after[0][0][: first + 1])
+    assert (before[0][0][-1] - after[0][0][-1]).abs().max() > 1e-3
+    for x, y in zip(before[1][0], after[1][0]):
+        assert (x - y).abs().amax(-1).min() > 1e-3
+
+
+@torch.no_grad()
+def test_what_fills_the_padding_reaches_no_token(pair, monkeypatch):
+    """The zeros of `unpack` become 50s: no real token may notice, in training or decoding."""
+    _, model, reference = pair()
+    prompts, completions = groups_of(reference, RAGGED)
+    filled = []
+
+    def unpack_with_noise(x, at, rows, width):
+        if at is None:
+            return x.view(rows, width, *x.shape[1:])
+        filled.append(rows * width - len(at))
+        out = x.new_full((rows * width, *x.shape[1:]), 50.0).index_copy(0, at, x)
+        return out.view(rows, width, *x.shape[1:])
+
+    def everything():
+        cache = Cache(model.cfg.num_hidden_layers, 1)
+        of_prompts, of_completions = run(model, prompts, completions)
+        run(model, prompts, cache=cache)
+        positions = torch.stack([p.positions.max() + 1 for p in prompts]).expand(3, -1)
+        step = model(torch.tensor([1, 2, 3]), positions, Layout([], [[1]] * 3), cache=cache)
+        return torch.cat([*of_prompts, *(own for row in of_completions for own in row), step])
+
+    clean = everything()
+    monkeypatch.setattr(model_file, "unpack", unpack_with_noise)
+    assert torch.equal(everything(), clean)
+    assert sum(filled) > 0
+
+
+@torch.no_grad()
+def test_a_ragged_batch_equals_its_prompts_alone(pair):
+    _, model, reference = pair("ratio 3, untied")
+    prompts, completions = groups_of(reference, RAGGED)
+    together = run(model, prompts, completions)
+    for b, p in enumerate(prompts):
+        alone = run(model, [p], [completions[b]])
+        assert_near(together[0][b], alone[0][0], 1e-5)
+        for x, y in zip(together[1][b], alone[1][0]):
+            assert_near(x, y, 1e-5)
+
+
+# ------------------------------------------------------------------------------------------ cache
+
+
+def decode(model, prompts, ids: Tensor, pieces, keep=None) -> Tensor:
+    """Hidden states (B, G, T, D) of completions `ids` (B, G, T), fed in pieces after a prefill.
+
+    keep: (piece, groups, rows): before that piece all others leave; the result is (B', G', T', D)
+    of the pieces from there on.
+    """
+    cache = Cache(model.cfg.num_hidden_layers, ids.shape[2])
+    run(model, prompts, cache=cache)
+    position = torch.stack([p.positions.max() + 1 for p in prompts])
+    out, t = [], 0
+    for i, n in enumerate(pieces):
+        if keep is not None and i == keep[0]:
+            cache.keep(*keep[1:])
+            ids, position, out = ids[keep[1][:, None], keep[2]], position[keep[1]], []
+        B, G = ids.shape[:2]
+        positions = (position[:, None, None] + t + torch.arange(n)).expand(B, G, n)
+        hidden = model(
+            ids[:, :, t : t + n].flatten(), positions.flatten().expand(3, -1),
+            Layout([], [[n] * G] * B), cache=cache,
+        )  # fmt: skip
+        out.append(hidden.view(B, G, n, -1))
+        t += n
+    return torch.cat(out, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [[1] * 6, [3, 1, 2], [6]])
+@pytest.mark.parametrize("shape", ["ratio 2, tied", "ratio 3, untied"])
+def test_prefill_and_steps_equal_one_forward(pair, shape, pieces):
+    _, model, reference = pair(shape)
+    prompts, completions = groups_of(reference, [[6, 6]] * 3)
+    ids = torch.stack([torch.stack(row) for row in completions])
+    found = decode(model, prompts, ids, pieces)
+    for b, p in enumerate(prompts):
+        for g in range(2):
+            ((alone,), _) = run(model, [p.then(ids[b, g])])
+            assert_near(found[b, g], alone[len(p.ids) :], 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [3, 1])  # prompts of unequal lengths, or a single one
+def test_keep_leaves_the_results_of_those_who_stay_unchanged(pair, size):
+    _, model, reference = pair()
+    prompts, completions = groups_of(reference, [[6, 6, 6]] * 3)
+    prompts, completions = prompts[:size], completions[:size]
+    ids = torch.stack([torch.stack(row) for row in completions])
+    groups = torch.tensor([2, 0] if size == 3 else [0])  # the middle prompt leaves, order turns
+    rows = torch.tensor([[2, 0], [1, 2]] if size == 3 else [[2, 0]])
+    all_of_them = decode(model, prompts, ids, [1] * 6)
+    kept = decode(model, prompts, ids, [1] * 6, (3, groups, rows))
+    assert_near(kept, all_of_them[groups[:, None], rows][:, :, 3:], 1e-5)
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+def copy_checkpoint(folder, new, change=lambda weights: weights, config=None):
+    """A checkpoint with changed weights (dict name -> tensor) or another config.json."""
+    new.mkdir()
+    config = config or json.loads((folder / "config.json").read_text())
+    (new / "config.json").write_text(json.dumps(config))
+    weights = change(load_file(folder / "model.safetensors"))
+    save_file({k: v.contiguous() for k, v in weights.items()}, new / "model.safetensors")
+    return new
+
+
+def assert_equal_weights(found: Qwen2VL, expected: Qwen2VL):
+    state = expected.state_dict()
+    assert found.state_dict().keys() == state.keys()
+    for name, weight in found.state_dict().items():
+        assert weight.dtype == state[name].dtype and torch.equal(weight, state[name]), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", ["ratio 2, tied", "ratio 3, untied", "one key head, tied"])
+def test_what_we_save_loads_in_transformers_and_back(pair, shape, tmp_path):
+    """With changed weights, or an unchanged file in the folder would pass."""
+    model = copy.deepcopy(pair(shape)[1])
+    for p in model.parameters():
+        p.mul_(1.01)
+    model.save_pretrained(tmp_path / "new")
+    reference = load_reference(tmp_path / "new")
+    prompts = awkward(reference)
+    assert_near(logits(model, prompts), reference_logits(reference, prompts))
+    again = Qwen2VL.from_pretrained(tmp_path / "new")
+    assert_equal_weights(again, model)
+    assert replace(again.cfg, raw={}) == replace(model.cfg, raw={})
+    reference.save_pretrained(tmp_path / "theirs")
+    assert_equal_weights(Qwen2VL.from_pretrained(tmp_path / "theirs"), model)
+    stored = load_file(tmp_path / "new" / "model.safetensors")
+    assert ("lm_head.weight" in stored) is not model.cfg.tie_word_embeddings
+
+
+def test_a_tied_head_stays_the_embedding_after_loading(pair):
+    _, tied, _ = pair()
+    _, untied, _ = pair("ratio 3, untied")
+    assert tied.head is tied.model.embed_tokens.weight
+    assert untied.head is not untied.model.embed_tokens.weight
+
+
+def test_sharded_checkpoints_are_read(pair, tmp_path):
+    _, model, reference = pair("ratio 3, untied")
+    reference.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert not (tmp_path / "model.safetensors").exists()
+    assert_equal_weights(Qwen2VL.from_pretrained(tmp_path), model)
+
+
+def test_saving_over_a_sharded_checkpoint_leaves_nothing_of_it(pair, tmp_path):
+    _, model, reference = pair("ratio 3, untied")
+    reference.save_pretrained(tmp_path, max_shard_size="200KB")
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.lm_head.weight.mul_(2)
+    changed.save_pretrained(tmp_path)
+    assert_equal_weights(Qwen2VL.from_pretrained(tmp_path), changed)
+    assert torch.equal(load_reference(tmp_path).lm_head.weight, changed.lm_head.weight)
+
+
+def flat_config(folder) -> dict:
+    """The checkpoint's config.json in the layout of the hub."""
+    raw = json.loads((folder / "config.json").read_text())
+    text = raw.pop("text_config")
+    rope = text.pop("rope_parameters")
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    return {**text, **raw, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", ["ratio 2, tied", "ratio 3, untied"])
+def test_both_layouts_of_names_are_read(pair, shape, tmp_path):
+    """visual.*, model.* with a flat config.json, and model.visual.*, model.language_model.*"""
+    folder, model, reference = pair(shape)
+
+    def outer(weights):
+        return {model_file.hub_name(k): v for k, v in weights.items()}
+
+    def inner(weights):
+        nested = {}
+        for name, weight in outer(weights).items():
+            if name.startswith("model."):
+                name = name.replace("model.", "model.language_model.", 1)
+            nested[f"model.{name}" if name.startswith("visual.") else name] = weight
+        return nested
+
+    hub = copy_checkpoint(folder, tmp_path / "hub", outer, flat_config(folder))
+    assert {k.split(".")[0] for k in load_file(hub / "model.safetensors")} >= {"visual", "model"}
+    assert "model.layers.0.mlp.up_proj.weight" in load_file(hub / "model.safetensors")
+    assert_equal_weights(Qwen2VL.from_pretrained(hub), model)
+    deep = copy_checkpoint(folder, tmp_path / "deep", inner)
+    assert "model.visual.merger.ln_q.weight" in load_file(deep / "model.safetensors")
+    assert "model.language_model.norm.weight" in load_file(deep / "model.safetensors")
+    assert_equal_weights(Qwen2VL.from_pretrained(deep), model)
+
+    hub_model, hub_reference = Qwen2VL.from_pretrained(hub), load_reference(hub)
+    prompts = awkward(reference)
+    expected = reference_logits(hub_reference, prompts)
+    assert_near(logits(hub_model, prompts), expected)
+    hub_model.save_pretrained(tmp_path / "again")
+    assert_near(reference_logits(load_reference(tmp_path / "again"), prompts), expected)
+
+
+@torch.no_grad()
+def test_a_bfloat16_file_loads_as_float32_or_as_asked(pair, tmp_path):
+    folder, model, _ = pair()
+    small = copy_checkpoint(
+        folder, tmp_path / "bf16", lambda w: {k: v.bfloat16() for k, v in w.items()}
+    )
+    rounded = copy.deepcopy(model).bfloat16()
+    assert_equal_weights(Qwen2VL.from_pretrained(small), rounded.float())
+    assert_equal_weights(Qwen2VL.from_pretrained(small, dtype=torch.bfloat16), rounded.bfloat16())
+
+
+@torch.no_grad()
+def test_a_model_in_bfloat16_is_saved_as_such(pair, tmp_path):
+    model = copy.deepcopy(pair()[1]).bfloat16()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert_equal_weights(Qwen2VL.from_pretrained(tmp_path, dtype=torch.bfloat16), model)
+    theirs = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path, dtype="auto")
+    assert theirs.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_weights_that_do_not_fit_are_refused_with_name_expected_and_found(pair, tmp_path):
+    """All that is wrong in one message, under the names on the hub."""
+    folder, _, _ = pair()
+
+    def spoil(weights):
+        weights = {model_file.hub_name(k): v for k, v in weights.items()}
+        del weights["visual.blocks.1.norm2.bias"]
+        weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(95, 64)
+        weights["model.layers.7.mlp.up_proj.weight"] = torch.zeros(96, 64)
+        return weights
+
+    with pytest.raises(ValueError) as error:
+        Qwen2VL.from_pretrained(copy_checkpoint(folder, tmp_path / "spoilt", spoil))
+    message = str(error.value)
+    assert str(tmp_path / "spoilt") in message
+    assert "visual.blocks.1.norm2.bias: missing" in message
+    assert "model.layers.0.mlp.up_proj.weight: expected (96, 64), found (95, 64)" in message
+    assert "model.layers.7.mlp.up_proj.weight: not expected" in message
+    # A weight of another shape counts once as that, and the others not at all.
+    assert "blocks.0" not in message and "layers.1" not in message
+
+
+@pytest.mark.parametrize("shape, name", [
+    ("ratio 2, tied", "model.embed_tokens.weight"), ("ratio 3, untied", "lm_head.weight"),
+])  # fmt: skip
+def test_a_missing_head_is_refused(pair, tmp_path, shape, name):
+    def without(weights):
+        return {k: v for k, v in weights.items() if model_file.hub_name(k) != name}
+
+    folder = copy_checkpoint(pair(shape)[0], tmp_path / "headless", without)
+    with pytest.raises(ValueError, match=f"{name}: missing"):
+        Qwen2VL.from_pretrained(folder)
+
+
+def test_missing_files_are_named(pair, tmp_path):
+    _, _, reference = pair()
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        Qwen2VL.from_pretrained(tmp_path)
+    reference.config.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        Qwen2VL.from_pretrained(tmp_path)
+    reference.save_pretrained(tmp_path, max_shard_size="200KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        Qwen2VL.from_pretrained(tmp_path)
+
+
+class Trap:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_loading_executes_no_pickle(pair, tmp_path):
+    """Pickles beside the weights are not looked at; one in place of the weights is refused."""
+    folder, model, _ = pair()
+    sprung = tmp_path / "sprung"
+    trap = pickle.dumps(Trap(sprung))
+    pickle.loads(trap).close()
+    assert sprung.exists()  # the trap works
+    sprung.unlink()
+    beside = copy_checkpoint(folder, tmp_path / "beside")
+    for name in ("pytorch_model.bin", "model.pt", "training_args.bin"):
+        (beside / name).write_bytes(trap)
+    assert_equal_weights(Qwen2VL.from_pretrained(beside), model)
+    (beside / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        Qwen2VL.from_pretrained(beside)
+    (beside / "model.safetensors").write_bytes(trap)
+    with pytest.raises(SafetensorError):
+        Qwen2VL.from_pretrained(beside)
+    assert not sprung.exists()

@@ -1,0 +1,345 @@
+"""Chapter two of rewards.py: what scores, what does not, and what a policy might try."""
+import itertools
+import random
+import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import rewards
+from rewards import ANSWER, REWARDS, THINK, final_answer, gold_answer, load_rewards, same
+
+R1V_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
+R1V_ANSWER = re.compile(r"<answer>(.*?)</answer>")
+
+
+def gold(solution):
+    return SimpleNamespace(solution=solution)
+
+
+def accuracy(text, solution="3"):
+    return rewards.accuracy(text, gold(solution))
+
+
+def form(text):
+    return rewards.format(text, gold("3"))
+
+
+def say(answer, thought="so"):
+    return f"<think>{thought}</think> <answer>{answer}</answer>"
+
+
+# ---- accuracy: when two answers are the same ----
+
+@pytest.mark.parametrize("answer, solution", [
+    ("3", "3"), (" 3\n", "3"), ("3.0", "3"), ("03", "3"), ("+3", "3"), ("3.", "3"), ("3 .", "3"),
+    ("3", "3.00"), ("-0", "0"), ("0.50", ".5"), ("1,000", "1000"), ("12,345.60", "12345.6"),
+    ("-7", "-7.0"), ("−7", "-7"), ("1" * 41, "1" * 41), ("0.1", "0.10"),
+    ("(B)", "B"), ("B)", "B"), ("B.", "B"), ("b", "B"), ("(b).", "(B)"), ("B", "(B)"),
+    ("Red", "red"), ("RED.", "red"), ("dark  \n red", "Dark red"), ("Straße", "STRASSE"),
+    ("1, 2, 3", "1, 2, 3"), ("three", "Three"), (".", ".")])
+def test_the_same_number_choice_or_words_score(answer, solution):
+    assert same(answer, solution)
+    assert accuracy(say(answer), solution) == 1
+    assert accuracy(say(answer), f"<answer> {solution} </answer>") == 1
+
+
+@pytest.mark.parametrize("answer, solution", [
+    ("4", "3"), ("-3", "3"), ("30", "3"), ("3.01", "3"), ("33", "3"), ("3 cm", "3"), ("3%", "3"),
+    ("three", "3"), ("3e0", "3"), ("6/2", "3"), ("3,0", "3"), ("3,000", "3"), ("1,00", "100"),
+    ("0x3", "3"), ("３", "3"), ("0３", "３"), ("3-", "3"), ("3..", "3"),
+    ("+-3", "3"), ("+", "0"), (".", "0"), ("-", "0"),
+    ("0.30000000000000001", "0.3"), ("0" * 40 + "3", "3"), ("nan", "0"), ("inf", "1e999"),
+    ("C", "B"), ("(B", "B"), ("((B))", "B"), ("(B) red", "B"), ("BB", "B"), ("()", "B"),
+    ("redd", "red"), ("not red", "red"), ("red!", "red"), ("true", "1"), (" ", " "), ("", "")])
+def test_what_is_not_the_same_does_not_score(answer, solution):
+    assert not same(answer, solution)
+    assert accuracy(say(answer), solution) == 0
+
+
+def test_sameness_is_symmetric_and_transitive():
+    """An equivalence: `plain` maps every spelling to one."""
+    words = ["3", "3.0", "03", "-3", "1,000", "1000", "b", "(B)", "B.", "3.", "red", "Red.", "."]
+    for a, b, c in itertools.product(words, repeat=3):
+        assert same(a, b) == same(b, a)
+        assert not (same(a, b) and same(b, c)) or same(a, c)
+
+
+@pytest.mark.parametrize("solution", ["", "  ", "<answer></answer>", "<answer> </answer>"])
+def test_a_blank_gold_scores_nothing(solution):
+    for text in ("", say(""), say(" "), say("."), say("3"), "<answer></answer>"):
+        assert accuracy(text, solution) == 0
+
+
+def test_the_gold_is_unwrapped_once():
+    assert gold_answer(" <answer> 3 </answer>\n") == gold_answer("3") == "3"
+    assert gold_answer("<answer><answer>3</answer></answer>") == "<answer>3</answer>"
+    assert gold_answer("<answer>3") == "<answer>3" and gold_answer("<answer></answer>") == ""
+
+
+# ---- accuracy: which answer a text commits to ----
+
+@pytest.mark.parametrize("text, answer", [
+    ("<answer>3</answer>", "3"), ("I count. <answer> 3 </answer> Done.", "3"), (say("3"), "3"),
+    (say("3", "first\nsecond\n"), "3"), ("<answer>\n3\n</answer>", "3"),
+    ("<think><answer>2</answer></think><answer>3</answer>", "3"),
+    ("<think>a</think><answer>1</answer></think><answer>3</answer>", "3"),
+    ("<think> still thinking <answer>3</answer>", "3"), (say("2") + say("3"), "3"),
+    ("no tag: 3", None), ("", None), ("<answer>3</think>", None), ("<answer>3", None),
+    ("3</answer>", None), ("</answer>3<answer>", None), ("</answer><answer>3", None),
+    ("<answer>3</answer></think>", None),
+    ("<answer></answer>", None), ("<answer> \n </answer>", None), ("< answer>3</ answer>", None),
+    ("<ANSWER>3</ANSWER>", None), ("<think><answer>3</answer></think>", None)])
+def test_the_final_answer_is_the_one_after_the_last_thought(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize("text", [
+    say(""), say(" "), "<answer></answer>", "<answer>3", "3", "</answer>3<answer>",      # defect 1
+    say("3 or 4"), say("1, 2, 3"), say("1 2 3"), say("2/3"), say("3, maybe"), say("1\n2\n3"),
+    say("A or B or C"), say("3") + say("2"), say("3") + "<think>so</think>",
+    "<answer>2</answer><answer>3</answer>", "<answer>3</answer><answer>2</answer>",
+    "<answer>3</answer><answer>", "<answer>3</answer></answer>", "<answer><answer>3</answer>",
+    "<answer><answer>3</answer></answer>", "<answer>3<answer>2</answer></answer>",
+    "<think>1 2 <answer>3</answer> 4</think>", "<think>3</think>", "<think>3</think> 3",
+    "<answer>3</answer></think>", "<answer>3</think></answer>", say("<think>3"),
+    say("3\0"), say("3\u200b"), say("<answer>3"), say("{3}")])
+def test_a_hack_scores_no_accuracy(text):
+    assert accuracy(text) == 0
+
+
+@pytest.mark.parametrize("text", ["A or B or C", "A, B", "A B C D", "(A)(B)", "A/B", "not A", "A?"])
+def test_an_enumeration_of_choices_scores_for_none_of_them(text):
+    """Visual-RFT issue 79."""
+    assert [accuracy(say(text), letter) for letter in "ABCD"] == [0, 0, 0, 0]
+
+
+def test_a_wrong_number_does_not_score_though_no_letter_is_wrong():
+    """Defect 2."""
+    assert [accuracy(say(str(n))) for n in range(6)] == [0, 0, 0, 1, 0, 0]
+
+
+# ---- format ----
+
+@pytest.mark.parametrize("text", [
+    "<think>a</think><answer>3</answer>", say("3"), f"\n {say('3')} \n", say("anything at all"),
+    "<think>\na\n\nb\n</think>\n\n<answer>\n3\n</answer>", say("3", "1 < 2 </b> think answer")])
+def test_one_thought_and_one_answer_are_the_format(text):
+    """Defect 3 (newlines in the thought); white space between the two is free (defect 10)."""
+    assert form(text) == 1
+
+
+@pytest.mark.parametrize("text", [
+    "", " ", "3", "<answer>3</answer>", "<think>a</think>", say(""), say(" \n"), say("3", ""),
+    say("3", " \t"), "<think></think><answer></answer>", "<think></think></think></think>x",
+    "x" + say("3"), say("3") + "x", "<think>a</think> so <answer>3</answer>", say("3") + say("3"),
+    "<think>" + say("3"), say("3") + "</answer>", say("<answer>3"), say("</answer>3"),
+    say("3", "a</think>b"), say("3", "<think>a</think>"), say("3", "<answer>2</answer>"),
+    "<answer>3</answer><think>a</think>", "<think>a<answer>3</think></answer>",
+    "<think>a<answer>3</think> </answer>", "<think>a</answer></think><answer>3",
+    "<think>a</think><answer>3", "<think>a<answer>3</answer>", "a</think><answer>3</answer>",
+    "<Think>a</Think><Answer>3</Answer>", "<think>a</think><answer>3</answer><|im_end|>"])
+def test_anything_else_is_not_the_format(text):
+    assert form(text) == 0
+
+
+def test_format_never_gives_what_r1v_refuses_but_for_white_space_around():
+    for text in texts(3000):
+        assert form(text) <= bool(R1V_FORMAT.fullmatch(text.strip()))
+
+
+# ---- R1-V's rules ----
+
+def test_r1v_format_equals_its_regex_on_random_texts():
+    found = [0, 0]
+    for text in texts(20000):
+        wanted = bool(R1V_FORMAT.fullmatch(text))
+        assert rewards.r1v_format(text, gold("3")) == wanted, text
+        found[wanted] += 1
+    assert min(found) > 300                             # both outcomes are met often
+
+
+def test_r1v_accuracy_equals_its_regex_on_random_texts():
+    def answer(text):
+        match = R1V_ANSWER.search(text)
+        return match.group(1).strip() if match else text.strip()
+    found = [0, 0]
+    for text, solution in zip(texts(20000), itertools.cycle(["<answer> 3 </answer>", "3", "so"])):
+        wanted = answer(text) == answer(solution)
+        assert rewards.r1v_accuracy(text, gold(solution)) == wanted, text
+        found[wanted] += 1
+    assert min(found) > 300
+
+
+def test_r1v_takes_the_first_answer_and_else_the_whole_text():
+    r1v = rewards.r1v_accuracy
+    assert r1v("<answer> 3 </answer><answer>4</answer>", gold("<answer> 3 </answer>")) == 1
+    assert r1v(" 3\n", gold("3")) == 1 and r1v("<answer>3.0</answer>", gold("3")) == 0
+    assert r1v("<answer>\n3</answer>", gold("3")) == 0          # its pattern lacks DOTALL
+    assert r1v("<answer>\r3\u2028</answer>", gold("3")) == 1    # but for it only \n ends a line
+    assert rewards.r1v_format("<think></think><answer></answer>", gold("3")) == 1
+
+
+# ---- any text whatever ----
+
+PIECES = [*THINK, *ANSWER, "3", "3", "so", " ", "\n", "\r", "\x85", "\u2028", "\x1c", "\0",
+          "\ud800", "\udfff", "９", "<", ">", "</", "/think>", "ſ", "İ", "or", ",", ".", "(B)", "-",
+          "1e999", "\\", "\x1b[0m", "🟥", "a\u0301", "𝟛", "٣", "9" * 30, "<|im_end|>"]
+COMMON = ["", " ", "\n", "3", "so", *PIECES]
+CHANCES = [4, 4, 2, 9, 9, *[0.2] * len(PIECES)]
+
+
+def texts(n, seed=0):
+    """n seeded texts of tag fragments and odd characters, every other one in the right order."""
+    rng = random.Random(seed)
+    for i in range(n):
+        if i % 2:
+            yield "".join(rng.choices(PIECES, k=rng.randrange(9)))
+        else:
+            a, b, c, d, e = rng.choices(COMMON, CHANCES, k=5)
+            a, c, e = ((x if rng.random() < 0.3 else "") for x in (a, c, e))
+            yield f"{a}<think>{b}</think>{c}<answer>{d}</answer>{e}"
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_no_text_raises_or_leaves_the_range(name):
+    solutions = itertools.cycle(["3", "", "<answer>B</answer>"])
+    for text, solution in zip(texts(5000, seed=1), solutions):
+        value = REWARDS[name](text, gold(solution))
+        assert type(value) is float and value in (0.0, 1.0)
+        assert REWARDS[name](text, gold(text)) in (0.0, 1.0)
+
+
+N = 100_000                                             # characters; a completion rarely has 10,000
+
+
+@pytest.mark.parametrize("answer", ["9" * N, "0" * N + "3", "1e" + "9" * N, "," * N,
+                                    "1," * (N // 2), "\ud800" * N, "(" * N])
+def test_a_huge_answer_is_a_text_like_any_other(answer):
+    assert accuracy(say(answer)) == 0 and accuracy(say(answer), answer) == 1
+    assert form(say(answer)) == 1
+
+
+HOSTILE = {
+    "opens": "<answer>" * (N // 8), "closes": "</answer>" * (N // 9),
+    "thoughts": "<think>" * (N // 7), "ends": "</think>" * (N // 8),
+    "bridges": "<think>" + "</think><answer>" * (N // 16),
+    "bridges, closed": "<think>" + "</think> <answer>" * (N // 17) + "x</answer>x",
+    "near bridges": "<think>" + "</think> \n" * (N // 10) + "</answer>",
+    "one long bridge": "<think></think>" + " " * N + "<answer</answer>",
+    "nested": "<think><answer>" * (N // 30) + "</answer></think>" * (N // 30),
+    "open lines": "<answer>\n" * (N // 9), "lines": "\n" * N, "spaces": " " * N, "angles": "<" * N,
+    "spaces in the answer": say("3" + " " * N + "4"), "digits": say("1" * N),
+    "groups": say("1,111" * (N // 5)), "dots": say("." * N), "words": say("a " * (N // 2)),
+    "brackets": say("(" * N)}
+
+
+@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("case", HOSTILE)
+def test_100_000_hostile_characters_take_well_under_a_second(name, case):
+    """R1-V's own patterns take 2 to 5 s on some of these, linear code at most 7 ms."""
+    for solution in ("3", HOSTILE[case]):
+        start = time.process_time()
+        REWARDS[name](HOSTILE[case], gold(solution))
+        assert time.process_time() - start < 0.5
+
+
+# ---- the rewards of a run ----
+
+def own(tmp_path, source):
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    return path
+
+
+def test_rewards_are_loaded_in_order_with_weight_one_each():
+    assert load_rewards(("format", "accuracy")) == [("format", rewards.format, 1.0),
+                                                    ("accuracy", rewards.accuracy, 1.0)]
+
+
+def test_weights_go_with_their_rewards():
+    loaded = load_rewards(("accuracy", "format"), (2, 0.5))
+    assert [(name, weight) for name, _, weight in loaded] == [("accuracy", 2.0), ("format", 0.5)]
+
+
+def test_one_s_own_reward_is_loaded_from_a_file_and_sees_text_and_example(tmp_path):
+    path = own(tmp_path, "def short(text, example, limit=5):\n"
+                         "    return None if example.solution == '' else len(text) < limit\n")
+    [(name, function, weight)] = load_rewards((f"{path}:short",), (0.5,))
+    assert (name, weight) == ("short", 0.5)
+    assert [function("abc", gold("3")), function("abcdef", gold("3")), function("", gold(""))] == [
+        1.0, 0.0, None]
+    assert type(function("abc", gold("3"))) is float
+
+
+def test_one_s_own_path_is_relative_to_the_working_folder(tmp_path, monkeypatch):
+    own(tmp_path, "def f(text, example): return 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_rewards(("mine.py:f", "accuracy"))[0][1]("", gold("3")) == 1.0
+
+
+def test_a_file_may_hold_dataclasses_with_postponed_annotations(tmp_path):
+    path = own(tmp_path, "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+                         "@dataclass\nclass A:\n    x: int = 2\n"
+                         "def f(text, example): return A().x\n")
+    assert load_rewards((f"{path}:f",))[0][1]("", gold("3")) == 2.0
+
+
+@pytest.mark.parametrize("names, weights, message", [
+    ((), (), "rewards: none given; known are accuracy, format"),
+    (("acuracy",), (), "reward acuracy: unknown; did you mean accuracy?"),
+    (("mine.py",), (), "reward mine.py: unknown .*your own as path/to/file.py:function"),
+    (("accuracy", "accuracy"), (), "a reward called accuracy is there already"),
+    (("accuracy", "format"), (1.0,), "reward weights: 1 for 2 rewards"),
+    (("accuracy",), (1.0, 2.0), "reward weights: 2 for 1 rewards"),
+    (("nowhere/mine.py:f",), (), "reward nowhere/mine.py:f: no Python file at /"),
+    (("accuracy:f",), (), "reward accuracy:f: no Python file at /")])
+def test_a_wrong_name_or_weight_is_refused_at_start(names, weights, message):
+    with pytest.raises(ValueError, match=message):
+        load_rewards(names, weights)
+
+
+@pytest.mark.parametrize("source, message", [
+    ("def grade(text, example): return 1", "no function f in .*mine.py"),
+    ("def ff(text, example): return 1", "no function f in .*mine.py; did you mean ff?"),
+    ("f = 3", "no function f"),
+    ("def f(text): return 1", r"callable as f\(text, example\), but is f\(text\): too many"),
+    ("def f(text, example, more): return 1", r"but is f\(text, example, more\): missing"),
+    ("def f(text, *, example): return 1", r"must be callable as f\(text, example\)"),
+    ("def accuracy(text, example): return 1\nf = accuracy", None)])
+def test_a_wrong_function_is_refused_at_start(source, message, tmp_path):
+    name = f"{own(tmp_path, source)}:f"
+    if message is None:
+        assert load_rewards(("accuracy", name))[1][0] == "f"
+    else:
+        with pytest.raises(ValueError, match=message):
+            load_rewards((name,))
+
+
+def test_an_error_in_one_s_own_file_is_shown_as_it_is(tmp_path):
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        load_rewards((f"{own(tmp_path, 'import no_such_module')}:f",))
+
+
+@pytest.mark.parametrize("value", ["'1'", "float('nan')", "float('inf')", "[1]", "1j"])
+def test_one_s_own_reward_must_give_a_finite_number(value, tmp_path):
+    path = own(tmp_path, f"def f(text, example): return {value}")
+    [(_, function, _)] = load_rewards((f"{path}:f",))
+    with pytest.raises(ValueError, match=r"f: gave .*; must be a finite number or None"):
+        function("", gold("3"))
+
+
+def test_the_tag_words_stand_in_one_place():
+    """Defect 12: with other words in the two constants every reward follows."""
+    source = Path(rewards.__file__).read_text(encoding="utf-8")
+    for old, new in (('"<think>", "</think>"', '"<t>", "</t>"'),
+                     ('"<answer>", "</answer>"', '"<a>", "</a>"')):
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    other = {"__name__": "other"}
+    exec(source, other)
+    for name, reward in other["REWARDS"].items():
+        assert reward("<t>so</t> <a>3</a>", gold("<a>3</a>")) == 1, name
+        assert reward(say("3"), gold("<a>3</a>")) == 0, name
