@@ -15,11 +15,12 @@ import torch
 from tqdm import tqdm
 
 from config import opt, parse
-from data import Example, Processor, load_examples
+from data import Example, Processor
 from journal import newest_checkpoint, write_json
 from model import Qwen2VL
 from rewards import final_answer, gold_answer, load_rewards
 from rollout import sample
+from rows import load_examples
 
 
 @dataclass(frozen=True)

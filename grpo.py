@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import report
 from config import opt, parse
-from data import Processor, load_examples
+from data import Processor
 from evaluate import evaluate
 from journal import (
     Seconds,
@@ -49,6 +49,7 @@ from model import Qwen2VL
 from optim import apply_gradients, draw_rows, make_optimizers, schedule, set_lr
 from rewards import load_rewards
 from rollout import Rollout, sample, score
+from rows import load_examples
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 # ---------------------------------------------------------------------------------------- config
@@ -75,11 +75,11 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: dict) -> "ModelConfig":
-        """From the parsed config.json. ValueError for what this file does not implement."""
+        """From the parsed config.json. ValueError for what is missing or not implemented."""
         if raw.get("model_type") != "qwen2_vl":
             kind = raw.get("model_type")
             raise ValueError(f"model_type {kind!r}: only 'qwen2_vl' is implemented")
-        text = {**raw, **raw.get("text_config", {})}
+        text = {**raw, **(raw.get("text_config") or {})}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
             raise ValueError(f"rope type {rope}: only 'default' and 'mrope' are implemented")
@@ -87,6 +87,10 @@ class ModelConfig:
             raise ValueError("use_sliding_window: sliding window attention is not implemented")
         names = cls.__dataclass_fields__.keys() - {"vision", "raw"}
         known = {k: text[k] for k in names if text.get(k) is not None}
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads"):  # fmt: skip
+            if name not in known:
+                raise ValueError(f"config.json has no {name}")
         known["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", 1_000_000.0))
         known["mrope_section"] = tuple(rope.get("mrope_section", (16, 24, 24)))
         tied = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
@@ -95,10 +99,21 @@ class ModelConfig:
         vision_names = VisionConfig.__dataclass_fields__.keys()
         vision = {k: v for k, v in raw.get("vision_config", {}).items() if k in vision_names}
         cfg = cls(**known, vision=VisionConfig(**vision), raw=raw)
-        if cfg.hidden_act != "silu" or cfg.vision.hidden_act != "quick_gelu":
-            raise ValueError(f"hidden_act {cfg.hidden_act!r}, {cfg.vision.hidden_act!r}: expected "
-                             "'silu' in the decoder and 'quick_gelu' in the vision tower")
+        cfg.check(text.get("head_dim"))
         return cfg
+
+    def check(self, head_dim: int | None) -> None:
+        """ValueError for sizes that do not fit together and activations that are not here."""
+        if self.hidden_act != "silu" or self.vision.hidden_act != "quick_gelu":
+            raise ValueError(f"hidden_act {self.hidden_act!r}, {self.vision.hidden_act!r}: must be "
+                             "'silu' in the decoder, 'quick_gelu' in the vision tower")
+        d = head_dim or self.head_dim
+        if self.num_attention_heads * d != self.hidden_size:
+            raise ValueError(f"hidden_size {self.hidden_size}: must be num_attention_heads x head "
+                             f"width, {self.num_attention_heads} x {d}")
+        if 2 * sum(self.mrope_section) != d:
+            raise ValueError(f"mrope_section {self.mrope_section}: must sum to half the head "
+                             f"width, {d} / 2")
 
 
 # ------------------------------------------------------------------------------------- positions
@@ -268,6 +283,7 @@ class Layout:
         self.prompt_at = places(prompts, device)
         self.prompt_lengths = torch.tensor(prompts, device=device)
         self.S_prompt = sum(prompts)
+        assert len({len(row) for row in completions}) <= 1, "every prompt has G completions"
         flat = [n for row in completions for n in row]
         self.T = max(flat, default=0)
         self.groups = (len(completions), len(flat) // max(1, len(completions)))  # (B, G)
@@ -318,6 +334,7 @@ class Cache:
             shape = (*k.shape[:3], self.room, k.shape[4])
             self.own[layer] = (k.new_empty(shape), v.new_empty(shape))
         end = self.length + k.shape[3]
+        assert end <= self.room, "the cache has no room for another token"
         for new, own in zip((k, v), self.own[layer]):
             own[:, :, :, self.length : end] = new
         return tuple(own[:, :, :, :end] for own in self.own[layer])
@@ -401,6 +418,7 @@ class Attention(nn.Module):
             )
             kc, vc = kc.transpose(2, 3), vc.transpose(2, 3)  # (B, G, K, T, d)
             if cache is not None:
+                assert lay.completion_at is None, "in a cache all completions have one length"
                 kc, vc = cache.extend(self.layer, kc, vc)
             mask = lay.prompt_mask if n else cache.prompt_mask
             y = attend_shared(qc, kc, vc, kp, vp, mask)
@@ -514,7 +532,10 @@ class Qwen2VL(nn.Module):
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder}: no config.json, so no Hugging Face checkpoint")
-        cfg = ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
+        try:
+            cfg = ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
+        except ValueError as error:
+            raise ValueError(f"{folder}/config.json: {error}") from error
         with torch.device("meta"):
             model = cls(cfg)
         model.load_state_dict(read_weights(folder, model, dtype, device), assign=True)
@@ -545,7 +566,11 @@ def read_weights(folder: Path, model: nn.Module, dtype, device) -> dict[str, Ten
     for file in files:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder}: {file} is missing")
-        with safe_open(folder / file, framework="pt", device=str(device)) as f:
+        try:
+            opened = safe_open(folder / file, framework="pt", device=str(device))
+        except SafetensorError as error:
+            raise ValueError(f"{folder}/{file}: not a whole safetensors file: {error}") from error
+        with opened as f:
             for key in f.keys():  # noqa: SIM118 (safe_open is no dict)
                 name = hub_name(key)
                 shape = tuple(f.get_slice(key).get_shape())
@@ -559,8 +584,10 @@ def read_weights(folder: Path, model: nn.Module, dtype, device) -> dict[str, Ten
         state["lm_head.weight"] = state.get("model.embed_tokens.weight")
     missing = [f"{k}: missing" for k in want if state.get(k) is None]
     if problems + missing:
+        told = missing + problems
+        more = [f"and {len(told) - 20} more"] if len(told) > 20 else []
         raise ValueError(f"{folder}: weights do not fit config.json\n  " +
-                         "\n  ".join((missing + problems)[:20]))
+                         "\n  ".join(told[:20] + more))
     return state
 
 

@@ -1,14 +1,16 @@
-"""Report: a run as a page: curves, and pictures with what was said about them.
+"""Report: a run as a page, with curves, and pictures with what was said about them.
 
-    python report.py runs/tiny        # reads the run's folder, writes runs/tiny/report.html
+    python report.py runs/tiny        # reads the folder of a run, writes runs/tiny/report.html
 
-The page is one file without script, network or font of its own; a Content-Security-Policy forbids
-them too. Strings of a run are shown and never obeyed: all of them pass through `esc`. It can be
-written at any time, also while the run goes on or after it was killed: what is missing is left out,
-and a line that is broken is skipped. Of steps logged twice (a resumed run) the later line counts.
+The page is one file without script or network; its Content-Security-Policy forbids both. What a run
+says is shown, never obeyed: every string passes through `esc`. A page can be written at any time,
+also while the run goes on or after it was killed: what is missing is left out, a broken line is
+skipped, and of steps logged twice (a resumed run) the later one counts. n: number of steps.
 """
 
 import base64
+import contextlib
+import functools
 import html
 import json
 import math
@@ -20,297 +22,362 @@ from pathlib import Path
 
 import numpy as np
 
-from rewards import gold_answer
+from rewards import ANSWER, THINK, gold_answer
 
-STEPS, PROMPTS, COMPLETIONS, ROWS = 3, 3, 12, 9  # samples and probe rows at most
-TEXT, PICTURE = 2400, 2_000_000  # characters of a text, bytes of a picture at most
-W, H, LEFT, RIGHT, TOP, BOTTOM = 320, 150, 42, 310, 10, 128  # a chart and its frame, pixels
+STEPS, GROUPS, COMPLETIONS, PROBES = 3, 3, 12, 9  # samples: steps, of each, of each; probed steps
+TEXT, PICTURE = 2400, 2_000_000  # characters of a completion, bytes of a picture, at most
+W, H, LEFT, RIGHT, TOP, BOTTOM = 320, 150, 44, 312, 10, 126  # a chart and its frame, in pixels
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One chart: the metric, and a sentence on what it means and what is healthy."""
+    """A chart: a metric, what it means and what is healthy, and how it is drawn."""
 
     key: str
     title: str
     says: str
-    share: bool = False  # drawn in per cent
-    include: tuple = ()  # values that the axis shows in any case
-    band: tuple = ()  # metrics of a lower and an upper edge
+    share: bool = False  # in per cent
+    axis: tuple = (0,)  # values that the axis shows in any case
+    band: tuple = ()  # metrics of the lower and the upper edge
     limit: float | None = None  # a dashed line
 
 
 CURVES = (
-    Curve("reward", "Reward", "Weighted sum of the rewards, mean over the completions of a step. "
-          "Should rise, then level off."),
-    Curve("reward/accuracy", "Accuracy", "Share of sampled completions with the right answer. "
-          "Should rise; greedy answers are usually better than sampled ones.", True, (0, 1)),
-    Curve("reward/format", "Format", "Share in the form that was asked for. Should come close to "
-          "100 % early and stay.", True, (0, 1)),
-    Curve("format_only", "Format only", "Right in form, wrong in answer. Often rises first; should "
-          "then fall: a high plateau means that only the form was learnt.", True, (0, 1)),
-    Curve("no_signal", "Groups without signal", "Groups whose rewards are all equal: they give no "
-          "gradient. Near 100 % the questions are too easy or too hard to learn from.", True, (0, 1)),
-    Curve("reward_std", "Spread in a group", "Standard deviation of the reward inside a group, the "
-          "source of all gradient. Shrinks as answers agree; 0 is the end of learning.", False, (0,)),
-    Curve("entropy", "Entropy", "Nats per sampled token. Should fall slowly; a drop to 0 in a few "
-          "steps ends exploration, a rise is a model coming apart.", False, (0,)),
-    Curve("kl", "KL to the start", "Nats per token that the policy has moved from where it started. "
-          "A slow rise is learning; a jump is a warning.", False, (0,)),
-    Curve("length/mean", "Length", "Tokens of a completion: the mean, and the band from shortest to "
-          "longest. A band that touches the limit of the run means answers are cut.", False, (0,),
-          ("length/min", "length/max")),
-    Curve("truncated", "Cut off", "Completions that reached the longest length without an end. "
-          "Should be near 0 %: they rarely hold an answer.", True, (0,)),
-    Curve("clip_share", "Clipped", "Tokens whose ratio is outside the trust region, so that they do "
-          "not train. 0 with one update per batch, else a few per cent.", True, (0,)),
-    Curve("grad_norm", "Gradient norm", "Before it is scaled down. Single spikes are harmless; a "
-          "steady climb says that the step size is too large.", False, (0,)),
-    Curve("mismatch", "Sampler against trainer", "Mean of exp|log-prob when sampled - log-prob when "
-          "trained|. 1 is exact agreement; must stay below the dashed 1.02.", False, (1, 1.02),
-          limit=1.02),
-    Curve("no_reward", "Without a reward", "Completions that no reward function could score. "
-          "Should be 0 %.", True, (0,)),
-    Curve("skipped", "Skipped updates", "Updates left out because loss or gradient was not finite. "
-          "Should be 0.", False, (0,)),
-    Curve("lr", "Step size", "What the optimizer used, after warm-up and schedule.", False, (0,)),
-    Curve("completions_per_second", "Completions per second", "Speed of the whole step, sampling "
-          "and update. Should be steady; falls when completions grow.", False, (0,)),
+    Curve("reward", "Reward", "Weighted sum of all rewards, mean over completions. Should rise, "
+          "then level off."),
+    Curve("reward/accuracy", "Accuracy", "Sampled completions with the right answer. Should rise; "
+          "greedy answers, as in the table above, are mostly better.", True, (0, 1)),
+    Curve("reward/format", "Format", "Completions in the form that was asked for. Should come near "
+          "100 % early and stay there.", True, (0, 1)),
+    Curve("format_only", "Format only", "Right in form, wrong in answer. Often rises first, then "
+          "should fall: a high plateau means that only the form was learnt.", True, (0, 1)),
+    Curve("no_signal", "Groups without signal", "Groups whose rewards are all equal give no "
+          "gradient. Near 100 % the questions are too easy or too hard.", True, (0, 1)),
+    Curve("entropy", "Entropy", "Nats per sampled token. Should fall slowly: a drop to 0 ends "
+          "exploration, a steady rise is a model coming apart."),
+    Curve("kl", "KL to the start", "Nats per token between the policy and the model it started "
+          "from. A slow rise is learning, a jump is a warning."),
+    Curve("length/mean", "Length", "Tokens of a completion: mean, and from shortest to longest. A "
+          "band along the limit: answers are cut.", band=("length/min", "length/max")),
+    Curve("truncated", "Cut off", "Completions that reached the limit before their end. Should be "
+          "near 0 %: few of them hold an answer.", True),
+    Curve("clip_share", "Clipped", "Tokens whose ratio left the trust region, so that they do not "
+          "train. 0 with one update per batch, else a few per cent.", True),
+    Curve("grad_norm", "Gradient norm", "Before it is scaled down. A spike is harmless; a steady "
+          "climb says that the step size is too large."),
+    Curve("mismatch", "Sampler against trainer", "Mean of exp|difference of their log-probs|. 1 is "
+          "exact agreement; must stay below the dashed 1.02.", axis=(1, 1.02), limit=1.02),
+    Curve("completions_per_second", "Completions per second", "Speed of the whole step. Should be "
+          "steady; falls when completions grow."),
 )  # fmt: skip
 
-# ------------------------------------------------------------------------------ reading a run
+# ------------------------------------------------------------------- reading a run, writing text
+
+def read(path: Path) -> list[dict]:
+    """The object of a .json; of a .jsonl those with a step, in order. Broken ones are skipped."""
+    kept, text = {}, path.read_text("utf-8", "replace") if path.is_file() else ""
+    for part in text.split("\n") if path.suffix == ".jsonl" else [text]:
+        try:
+            row = json.loads(part)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and (path.suffix == ".json" or number(row.get("step")) is not None):
+            kept[row.get("step"), str(row.get("images"))] = row
+    return sorted(kept.values(), key=lambda row: row.get("step", 0))
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object; empty where the file is missing or broken."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a .jsonl that have a step, in order of steps; broken lines are skipped."""
-    rows = []
-    if path.is_file():
-        with open(path, encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(row, dict) and number(row.get("step")) is not None:
-                    rows.append(row)
-    return sorted(rows, key=lambda row: row["step"])
+def spread(items, most: int) -> list:
+    """At most `most` items at even distances, the first and the last among them."""
+    at = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[i] for i in at]
 
 
 def number(x) -> float | None:
     """x if it is a finite number of a size that can be drawn, else None."""
-    fine = isinstance(x, int | float) and not isinstance(x, bool) and -1e30 < x < 1e30
-    return float(x) if fine else None
-
-
-def objects(row: dict, key: str) -> list[dict]:
-    """row[key] as a list of objects; empty where it is anything else."""
-    found = row.get(key)
-    return [x for x in found if isinstance(x, dict)] if isinstance(found, list) else []
-
-
-def series(rows: list[dict], *keys: str) -> np.ndarray:
-    """(1 + keys, n): step and metrics of the steps where all keys are finite; the later line wins."""
-    found = {}
-    for row in rows:
-        values = [number(row.get(key)) for key in ("step", *keys)]
-        if None not in values:
-            found[values[0]] = values
-    return np.array(list(found.values())).reshape(-1, 1 + len(keys)).T
-
-
-def spread(items: list, most: int) -> list:
-    """`most` items at even distances, the first and the last among them."""
-    if len(items) <= most:
-        return list(items)
-    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
-
-
-# ---------------------------------------------------------------------------- text for a page
-
-VISIBLE = {c: 0x2400 + c for c in range(32) if chr(c) not in "\t\n"} | {0x7F: 0x2421}
-VISIBLE |= dict.fromkeys([*range(0xD800, 0xE000), *range(0x80, 0xA0)], 0xFFFD)  # no characters
-VISIBLE |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)  # turn lines round
-
-
-def esc(x) -> str:
-    """Any value as text of a page, also inside an attribute; control characters become visible."""
-    return html.escape(str(x).translate(VISIBLE))
-
-
-def said(x) -> str:
-    """A text of the model, escaped, cut in the middle if it is long, its tags set apart."""
-    text = x if isinstance(x, str) else ""
-    if len(text) > TEXT:
-        half = TEXT // 2
-        text = f"{text[:half]}\n[… {len(text) - 2 * half:,} characters …]\n{text[-half:]}"
-    tags = re.sub(r"&lt;/?(think|answer)&gt;", r'<span class="tag">\g<0></span>', esc(text))
-    return f'<pre class="said">{tags or "(nothing)"}</pre>'
+    real = isinstance(x, int | float) and not isinstance(x, bool)
+    return float(x) if real and -1e30 < x < 1e30 else None
 
 
 def show(x, share: bool = False) -> str:
-    """A number with three digits, or a share in per cent; a dash where there is none."""
-    x = number(x)
-    if x is None:
+    """A number in four digits, or a share in per cent; a dash where there is none."""
+    if number(x) is None:
         return "–"
-    if share:
-        return f"{100 * x:.1f} %"
-    big = abs(x) >= 100
-    return (f"{x:,.0f}" if big and abs(x) < 1e6 else f"{x:.3g}").replace("-", "−")
+    text = f"{100 * x:.1f} %" if share else f"{x:,.0f}" if 100 <= abs(x) < 1e6 else f"{x:.4g}"
+    return text.replace("e-0", "e-").replace("-", "−")
 
 
-def verdicts(rewards) -> str:
-    """A mark, a word and a colour per reward function: 1 is a tick, 0 a cross, else the number."""
-    words = {("accuracy", 1): "right", ("accuracy", 0): "wrong"}
-    marks = []
-    for name, value in (rewards if isinstance(rewards, dict) else {}).items():
-        value = number(value)
-        word = esc(words.get((name, value), name))
-        if value in (0, 1):
-            kind, sign = ("yes", "✓") if value else ("no", "✗")
-            marks.append(f'<span class="{kind}">{sign} {word}</span>')
-        else:
-            marks.append(f"<span>{word} {show(value)}</span>")
-    return " ".join(marks)
+# Control characters, those that turn the direction of a line, and halves of surrogate pairs.
+HIDDEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+TAGS = re.compile("|".join(html.escape(tag) for tag in THINK + ANSWER))
+MUTED = r"<i>\g<0></i>"
 
 
-def picture(folder: Path, name, alt: str) -> str:
-    """The picture at a path relative to the run, inlined; a note where it may or can not be read."""
-    root = Path(folder).resolve()
-    try:
+def esc(x) -> str:
+    """Anything as text, also for inside an attribute."""
+    return html.escape(HIDDEN.sub("\ufffd", str(x)))
+
+
+def said(x) -> str:
+    """A completion: escaped, cut in the middle if it is long, its tags set apart."""
+    text, half = str(x), TEXT // 2
+    if len(text) > TEXT:
+        text = f"{text[:half]}\n[… {len(text) - TEXT:,} characters …]\n{text[-half:]}"
+    return f"<pre>{TAGS.sub(MUTED, esc(text)) or '<i>(nothing)</i>'}</pre>"
+
+
+def marks(rewards: dict | None) -> str:
+    """For each reward a sign and a word: 1 is a tick, 0 a cross, anything else its number."""
+    out = []
+    for name, value in (rewards or {}).items():
+        kind, sign = {1: ("yes", "✓"), 0: ("no", "✗")}.get(number(value), ("", show(value)))
+        word = {"yes": "right", "no": "wrong"}.get(kind, name) if name == "accuracy" else name
+        out.append(f'<span class="{kind}">{sign} {esc(word)}</span>')
+    return " ".join(out)
+
+
+def picture(folder: Path, name, alt: str = "") -> str:
+    """The picture at a path relative to the run, inlined; a note if it is missing or outside."""
+    root, data, size = folder.resolve(), b"", ""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # unreadable, NUL, a loop of links
         path = (root / str(name)).resolve()
-        if not path.is_relative_to(root):
-            return f'<p class="note">picture {esc(name)} lies outside the run</p>'
-        if path.stat().st_size > PICTURE:
-            return f'<p class="note">picture {esc(name)} is too large to be shown here</p>'
-        data = path.read_bytes()
-    except (OSError, ValueError, RuntimeError):  # missing; NUL in the name; a loop of links
-        return f'<p class="note">picture {esc(name)} is missing</p>'
-    starts = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif"}
-    kind = next((kind for start, kind in starts.items() if data.startswith(start)), None)
+        if path.is_relative_to(root) and path.is_file() and path.stat().st_size <= PICTURE:
+            data = path.read_bytes()
+    kinds = {b"\x89PNG": "png", b"\xff\xd8": "jpeg", b"RIFF": "webp"}
+    kind = next((kinds[start] for start in kinds if data.startswith(start)), None)
     if kind is None:
-        return f'<p class="note">{esc(name)} is not a PNG, JPEG, WebP or GIF</p>'
-    size = ""
-    if kind == "png":  # width and height stand in the header
+        return f"<p>No picture: {esc(name)} is missing, outside the run, too large or no image.</p>"
+    if kind == "png":  # its header holds the size; a small picture is enlarged by a whole number
         wide, high = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
-        times = max(1, 224 // max(1, wide))  # small pictures are enlarged by a whole number
-        size = f' width="{wide * times}" height="{high * times}"'
-        size += ' class="pixels"' if times > 1 else ""
+        times = max(1, 224 // max(1, wide))
+        size = f'width="{wide * times}" height="{high * times}" class="{"pixels" * (times > 1)}"'
     code = base64.b64encode(data).decode()
-    return f'<img alt="{esc(alt)}"{size} src="data:image/{kind};base64,{code}">'
-
-
-def pictures(folder: Path, row: dict) -> str:
-    """All pictures of a row, beside each other."""
-    names = row.get("images")
-    names = names if isinstance(names, list) else []
-    alt = f"picture for the question: {str(row.get('problem', ''))[:200]}"
-    return f'<div class="pictures">{"".join(picture(folder, n, alt) for n in names)}</div>'
-
-
-def question(row: dict) -> str:
-    """The question and its right answer."""
-    gold = gold_answer(str(row.get("solution", "")))
-    return (f'<h3 class="question">{esc(row.get("problem", ""))}</h3>'
-            f'<p class="soft">right answer: <strong>{esc(gold)}</strong></p>')  # fmt: skip
+    return f'<img alt="{esc(alt)}" {size} src="data:image/{kind};base64,{code}">'
 
 
 # -------------------------------------------------------------------------------------- curves
 
 
+def series(rows: list[dict], *keys: str) -> np.ndarray:
+    """(len(keys), n): these metrics at the steps where all of them are finite."""
+    values = [[number(row.get(key)) for key in keys] for row in rows]
+    return np.array([v for v in values if None not in v]).reshape(-1, len(keys)).T
+
+
 def smooth(values: np.ndarray) -> np.ndarray:
     """Local mean (n,): triangle weights over n // 20 neighbours on each side, fewer at the ends."""
     weights = np.bartlett(2 * (len(values) // 20) + 3)[1:-1]
-    return np.convolve(values, weights, "same") / np.convolve(np.ones(len(values)), weights, "same")
+    return np.convolve(values, weights, "same") / np.convolve(values * 0 + 1, weights, "same")
 
 
-def thin(values: np.ndarray, most: int = 400) -> list[int]:
-    """At most `most` indices: the lowest and the highest of each stretch, so that no spike is lost."""
-    if len(values) <= most:
-        return list(range(len(values)))
-    kept = set()
-    for part in np.array_split(np.arange(len(values)), most // 2):
-        kept |= {int(part[values[part].argmin()]), int(part[values[part].argmax()])}
-    return sorted(kept)
-
-
-def ticks(lo: float, hi: float, most: int = 4) -> tuple[list[float], float]:
-    """Round numbers that enclose lo to hi, and their distance: 1, 2 or 5 times a power of ten."""
-    if hi - lo < 1e-9 * max(abs(lo), abs(hi), 1e-9):
-        lo, hi = lo - (abs(lo) / 2 or 0.5), hi + (abs(hi) / 2 or 0.5)
-    power = 10.0 ** math.floor(math.log10((hi - lo) / most))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power * most >= (hi - lo) * (1 - 1e-9))
-    first, last = math.floor(lo / step + 1e-9), math.ceil(hi / step - 1e-9)
-    return [k * step for k in range(first, last + 1)], step
-
-
-def label(value: float, step: float) -> str:
-    """A tick as short as its distance to the next allows."""
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    if digits > 4 or abs(value) >= 1e6:
-        return f"{value:.3g}".replace("e-0", "e-").replace("-", "−")
-    return f"{value:,.{digits}f}".replace("-", "−")
+def ticks(lo: float, hi: float, most: int = 4) -> list[float]:
+    """Numbers that enclose lo to hi, at 1, 2 or 5 times a power of ten, about `most` intervals."""
+    span = max(hi - lo, 1e-30)
+    power = 10.0 ** math.floor(math.log10(span / most))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power * most >= span * (1 - 1e-9))
+    return [k * step for k in range(math.floor(lo / step + 1e-9), math.ceil(hi / step - 1e-9) + 1)]
 
 
 def place(value, lo: float, hi: float, start: float, end: float):
-    """value in [lo, hi] to [start, end]; values beyond are set on the edge, lo = hi on the middle."""
-    if lo == hi:
-        return value * 0 + (start + end) / 2
-    return start + (np.clip(value, lo, hi) - lo) / (hi - lo) * (end - start)
+    """[lo, hi] to [start, end]; what lies beyond is set on the edge, and lo = hi in the middle."""
+    share = (np.clip(value, lo, hi) - lo) / (hi - lo) if hi > lo else value * 0 + 0.5
+    return start + share * (end - start)
 
 
-def path(xs, ys, between: str = "L", end: str = "") -> str:
-    """Data of an SVG path through points; with between='M', end='h0' a dot on each."""
-    points = (f"{x:.1f} {y:.1f}{end}" for x, y in zip(xs, ys))
-    return "M" + between.join(points)
+def points(xs, ys, between: str = "L") -> str:
+    """Data of an SVG path through points."""
+    return "M" + between.join(f"{x:.1f} {y:.1f}" for x, y in zip(xs, ys))
 
 
 def draw(curve: Curve, data: np.ndarray) -> str:
-    """The SVG of a chart. data (2 or 4, n): steps, values, and the edges of a band."""
-    data = data.copy()
-    data[1:] *= 100 if curve.share else 1
-    unit = " %" if curve.share else ""
-    steps, values, line = data[0], data[1], smooth(data[1])
-    edges = [smooth(edge) for edge in data[2:]]
-    lo, hi = np.quantile(values, 0.01, method="lower"), np.quantile(values, 0.99, method="higher")
-    need = [100 * v if curve.share else v for v in curve.include]
-    need += [f(edge) for edge in edges for f in (min, max)]
-    rows, step = ticks(float(min(lo, *need)) if need else lo, float(max(hi, *need)) if need else hi)
-    xs = place(steps, steps[0], steps[-1], LEFT, RIGHT)
-    ys, mean = (place(v, rows[0], rows[-1], BOTTOM, TOP) for v in (values, line))
-    heights = [place(v, rows[0], rows[-1], BOTTOM, TOP) for v in rows]
-    out = [f'<path class="grid" d="{"".join(f"M{LEFT} {y:.1f}H{RIGHT}" for y in heights)}"/>']
-    out += [f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label(v, step)}{unit}</text>'
-            for v, y in zip(rows, heights)]
-    columns, distance = ticks(steps[0], steps[-1], 5)
-    for v in columns if distance >= 1 else steps[:1]:
-        if steps[0] <= v <= steps[-1]:
-            x = place(v, steps[0], steps[-1], LEFT, RIGHT)
-            out.append(f'<text x="{x:.1f}" y="{H - 6}" text-anchor="middle">{label(v, 1)}</text>')
-    some = spread(range(len(steps)), 200)
+    """Heading and SVG of a chart; data (2 or 4, n): steps, values and, for a band, its edges."""
+    times, unit = (100, " %") if curve.share else (1, "")
+    steps, values = data[0], times * data[1:]
+    lines, out = [smooth(v) for v in values], []
+    bounds = [*(times * v for v in curve.axis), *np.ravel(lines[1:])]
+    bounds += [np.quantile(values[0], q, method=m) for q, m in ((0.01, "lower"), (0.99, "higher"))]
+    rows = ticks(float(min(bounds)), float(max(bounds)))
+    right = functools.partial(place, lo=steps[0], hi=steps[-1], start=LEFT, end=RIGHT)
+    up = functools.partial(place, lo=rows[0], hi=rows[-1], start=BOTTOM, end=TOP)
+    for v in rows:
+        out.append(f'<path class="grid" d="M{LEFT} {up(v):.1f}H{RIGHT}"/><text x="{LEFT - 6}" '
+                   f'y="{up(v) + 4:.1f}" text-anchor="end">{show(v)}{unit}</text>')  # fmt: skip
+    for v in ticks(steps[0], steps[-1]):
+        if steps[0] <= v <= steps[-1] and v == int(v):
+            out.append(f'<text x="{right(v):.1f}" y="{H - 6}" text-anchor="middle">{show(v)}</text>')
+    at = spread(range(len(steps)), 400)
+    xs, raw, (mean, *edges) = right(steps[at]), up(values[0, at]), [up(line[at]) for line in lines]
     if edges:
-        low, high = (place(e, rows[0], rows[-1], BOTTOM, TOP)[some] for e in edges)
-        around = path([*xs[some], *xs[some][::-1]], [*high, *low[::-1]])
+        around = points([*xs, *xs[::-1]], [*edges[0], *edges[1][::-1]])
         out.append(f'<path class="band" d="{around}Z"/>')
     if curve.limit is not None:
-        y = place(curve.limit, rows[0], rows[-1], BOTTOM, TOP)
-        out.append(f'<path class="limit" d="M{LEFT} {y:.1f}H{RIGHT}"/>')
-    dots = thin(values)
-    out.append(f'<path class="dots" d="{path(xs[dots], ys[dots], "M", "h0")}"/>')
-    out.append(f'<path class="line" d="{path(xs[some], mean[some])}"/>')
-    hover = spread(range(len(steps)), 60)
+        out.append(f'<path class="limit" d="M{LEFT} {up(curve.limit):.1f}H{RIGHT}"/>')
+    out.append(f'<path class="dots" d="{points(xs, raw, "h0M")}h0"/>'
+               f'<path class="line" d="{points(xs, mean)}"/>')  # fmt: skip
+    hover = spread(at, 60)
     wide = (RIGHT - LEFT) / max(1, len(hover) - 1)
     for i in hover:
-        more = "".join(f", {name} {show(v)}" for name, v in zip(("min", "max"), data[2:, i]))
-        out.append(f'<rect x="{xs[i] - wide / 2:.1f}" y="{TOP}" width="{wide:.1f}" height="118">'
-                   f"<title>step {steps[i]:.0f}: {show(values[i])}{unit}{more}</title></rect>")
-    text = f"{curve.title}: {show(line[0])}{unit} at first, {show(line[-1])}{unit} at last"
-    return f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{esc(text)}">{"".join(out)}</svg>'
+        now, *ends = (f"{show(v)}{unit}" for v in values[:, i])
+        text = f"step {show(steps[i])}: {now}" + (f" ({' to '.join(ends)})" if ends else "")
+        out.append(f'<rect x="{right(steps[i]) - wide / 2:.1f}" y="{TOP}" width="{wide:.1f}" '
+                   f'height="{BOTTOM - TOP}"><title>{text}</title></rect>')  # fmt: skip
+    title, first, last = esc(curve.title), *(f"{show(lines[0][i])}{unit}" for i in (0, -1))
+    return (f'<h3>{title} <b>{last}</b></h3><svg viewBox="0 0 {W} {H}" role="img" aria-label='
+            f'"{title}: {first} at first, {last} at last">{"".join(out)}</svg>')  # fmt: skip
+
+
+def curves(rows: list[dict]) -> str:
+    """A chart for every metric that is there; those that are always 0 are only named."""
+    own = {key for row in rows for key in row if key.startswith("reward/")}
+    own = sorted(own - {curve.key for curve in CURVES})
+    own = [Curve(key, key.removeprefix("reward/"), "Mean of this reward.") for key in own]
+    out, zero = [], []
+    for curve in (*CURVES[:3], *own, *CURVES[3:]):
+        data = series(rows, "step", curve.key, *curve.band)
+        if data.size and not data[1].any():
+            zero.append(esc(curve.title))
+        elif data.size:
+            out.append(f"<figure>{draw(curve, data)}<figcaption>{curve.says}</figcaption></figure>")
+    never = f"<p>Always 0, not drawn: {', '.join(zero)}.</p>" if zero else ""
+    return f'<div class="curves">{"".join(out)}</div>{never}' if out or zero else ""
+
+
+# ------------------------------------------------------------------------- table, samples, page
+
+
+def results(summary: dict) -> str:
+    """The evaluations before and after as a table; empty if there is none."""
+    out, found = [], {when: summary.get(when) or {} for when in ("before", "after")}
+    for name in dict.fromkeys(name for sets in found.values() for name in sets):
+        for when, row in ((when, sets[name]) for when, sets in found.items() if name in sets):
+            x, low, high = (100 * (number(row.get(k)) or 0) for k in ("accuracy", "low", "high"))
+            cells = (f"<b>{show(row.get('accuracy'), True)}</b> <small>{low:.1f} to {high:.1f}</small>",
+                     f'<svg class="{when}" viewBox="-4 0 108 10"><path class="grid" d="M0 5H100"/>'
+                     f'<path class="line" d="M{low:.1f} 5H{high:.1f}"/><circle cx="{x:.1f}" cy="5" '
+                     'r="3.5"/></svg>', show(row.get("format"), True),
+                     show(row.get("unparsable"), True), show(row.get("length")), show(row.get("n")))
+            out.append(f'<tr><th scope="row">{esc(name)} <small>{when}</small></th>'
+                       f"<td>{'</td><td>'.join(cells)}</td></tr>")  # fmt: skip
+    titles = ("Set", "Accuracy", "0 to 100 %", "Format", "Unparsable", "Tokens", "Questions")
+    top = "".join(f'<th scope="col">{title}</th>' for title in titles)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(out)}</tbody></table>" * bool(out)
+
+
+def asked(folder: Path, row: dict, lines: list[str]) -> str:
+    """A question with its pictures and right answer, and beside it what was said, line by line."""
+    alt = f"Picture for: {row.get('problem', '')}"[:300]
+    images = "".join(picture(folder, name, alt) for name in row.get("images") or [])
+    prompt = f"<details><summary>Prompt</summary><pre>{esc(row.get('prompt'))}</pre></details>"
+    return (f'<article><div>{images}<h3>{esc(row.get("problem", ""))}</h3><p>Right answer: <b>'
+            f"{esc(gold_answer(str(row.get('solution', ''))))}</b></p>{prompt * ('prompt' in row)}"
+            f"</div><ol>{''.join(lines)}</ol></article>")  # fmt: skip
+
+
+def probes(folder: Path, rows: list[dict]) -> str:
+    """Every question that was followed, with a line per probed step."""
+    followed = {}
+    for row in spread(rows, PROBES):
+        for i, answer in enumerate(row.get("answers") or []):
+            line = (f"<li><p>step {show(row['step'])} {marks(answer.get('rewards'))}</p>"
+                    f"{said(answer.get('text', ''))}</li>")  # fmt: skip
+            followed.setdefault((i, answer.get("problem")), (answer, []))[1].append(line)
+    return "".join(asked(folder, answer, lines) for answer, lines in followed.values())
+
+
+def group(folder: Path, row: dict) -> str:
+    """A prompt with its completions, the highest advantage first."""
+    lines, done = [], [(number(c.get("advantage")) or 0.0, c) for c in row.get("completions") or []]
+    for adv, c in spread(sorted(done, key=lambda pair: -pair[0]), COMPLETIONS):
+        kind, sign = ("up", "▲ +") if adv > 0 else ("down", "▼ ") if adv < 0 else ("", "")
+        end = "" if c.get("finished", True) else ", cut off"
+        lines.append(f'<li class="{kind}"><p><b>{sign}{adv:.2f}</b> reward {show(c.get("reward"))} '
+                     f"{marks(c.get('rewards'))} {show(c.get('length'))} tokens{end}</p>"
+                     f"{said(c.get('text', ''))}</li>")  # fmt: skip
+    return asked(folder, row, lines)
+
+
+def page(folder: Path) -> str:
+    """The whole page of a run's folder."""
+    config, summary = ((read(folder / f"{k}.json") or [{}])[0] for k in ("config", "summary"))
+    metrics, probed, logged = (read(folder / f"{k}.jsonl") for k in ("metrics", "probes", "rollouts"))
+    keys = ("model", "data", "steps", "prompts", "group", "rewards", "beta", "lr", "seed")
+    plain = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in config.items()}
+    about = " · ".join(f"{k} <b>{esc(plain[k])}</b>" for k in keys if k in plain)
+    if not summary.get("after"):
+        last = f"step {show(metrics[-1]['step'])}" if metrics else "the start"
+        about += f"</p><p>Not finished: no summary.json yet. This is the run as of {last}."
+    parts = [("Curves", "A dot is a step, the line their local mean, the number its last value. "
+              "Dots on the edge may lie beyond it.", curves(metrics)),
+             ("The same questions as it learns", "Answered greedily: no random choice.",
+              probes(folder, probed))]  # fmt: skip
+    for step in spread(list(dict.fromkeys(row["step"] for row in logged)), STEPS):
+        groups = [group(folder, row) for row in logged if row["step"] == step][:GROUPS]
+        parts.append((f"Samples of step {show(step)}", "Each prompt's completions, highest advantage "
+                      "first: ▲ is made likelier, ▼ less likely.", "".join(groups)))
+    body = "".join(f"<section><h2>{title}</h2><p>{text}</p>{found or '<p>Nothing was logged.</p>'}"
+                   "</section>" for title, text, found in parts)  # fmt: skip
+    return PAGE.format(name=esc(folder.resolve().name), style=STYLE, about=about, body=body,
+                       table=results(summary), config=esc(json.dumps(config, indent=1)))
+
+
+def write(folder) -> Path:
+    """Writes FOLDER/report.html, whole or not at all. FileNotFoundError if FOLDER holds no run."""
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("config.json", "metrics.jsonl")):
+        raise FileNotFoundError(f"{folder}: neither config.json nor metrics.jsonl, so not a run")
+    part = folder / "report.html.tmp"
+    part.write_text(page(folder), encoding="utf-8", errors="replace")
+    os.replace(part, folder / "report.html")
+    return folder / "report.html"
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{style}</style>
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"></head>
+<body><main><h1>{name}</h1><p>{about}</p>{table}{body}
+<section><details><summary>config.json</summary><pre>{config}</pre></details></section>
+</main></body></html>
+"""
+STYLE = """
+:root {color-scheme: light dark; --paper: #fbfaf7; --ink: #1d1c1a; --soft: #625d55;
+  --rule: #e0dbd1; --line: #1f5c99; --yes: #1b6b3a; --no: #a3341f}
+@media (prefers-color-scheme: dark) {:root {--paper: #15161a; --ink: #e8e4dc; --soft: #a8a298;
+  --rule: #34353c; --line: #7db4ec; --yes: #7fcf9b; --no: #f0957f}}
+* {box-sizing: border-box; margin: 0} ol {padding: 0} h3 {font-size: 1rem}
+body {max-width: 72rem; margin: auto; padding: 3rem 1rem; background: var(--paper);
+  color: var(--ink); font: 16px/1.5 Charter, Georgia, serif; overflow-wrap: anywhere}
+h1, h2, h3 {font-weight: 600; line-height: 1.25} h1 {font-size: 2rem; margin-bottom: .4rem}
+h2 {margin: 3.5rem 0 .4rem; padding-top: 1rem; border-top: 1px solid; font-size: 1.35rem}
+p, small, figcaption, summary {color: var(--soft)} p b {color: var(--ink)}
+svg, table, pre, ol p {font: 13px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums}
+pre {font-family: ui-monospace, monospace; white-space: pre-wrap} pre i {color: var(--soft)}
+table {width: 100%; margin-top: 1.5rem; border-collapse: collapse; text-align: left}
+th, td {padding: .4rem .5rem .4rem 0; border-bottom: 1px solid var(--rule)}
+td svg {width: 8rem} .before circle {fill: var(--paper); stroke: var(--line)}
+svg {display: block; fill: var(--soft); font-size: 11px} circle {fill: var(--line)}
+path {fill: none} .grid {stroke: var(--rule)} .line {stroke: var(--line); stroke-width: 2}
+.dots {stroke: var(--line); stroke-width: 3; stroke-linecap: round; opacity: .25}
+.band {fill: var(--line); opacity: .15} .limit {stroke: var(--no); stroke-dasharray: 4 3}
+rect {fill: transparent} rect:hover {fill: var(--ink); opacity: .12}
+.curves {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr));
+  gap: 2rem 2.5rem; margin-top: 1.5rem} .curves h3 {display: flex; justify-content: space-between}
+figcaption {font-size: 14px; line-height: 1.4} article {margin: 2rem 0 3rem}
+img {display: block; max-width: 100%; height: auto; margin-bottom: .6rem}
+.pixels {image-rendering: pixelated} .yes {color: var(--yes)} .no {color: var(--no)}
+li {display: block; padding: .4rem .7rem; border-left: 3px solid var(--rule); margin-bottom: .3rem}
+.up {border-color: var(--yes)} .down {border-color: var(--no)}
+@media (min-width: 52rem) {article {display: grid; grid-template-columns: 15rem 1fr; gap: 2rem}
+  li {display: grid; grid-template-columns: 12rem 1fr; gap: 1rem}}
+@media (max-width: 40rem) {small {display: block} td:nth-child(3), th:nth-child(3) {display: none}}
+"""
+
+
+def main() -> None:
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        raise SystemExit(__doc__)
+    print(write(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -17,9 +17,10 @@ import struct
 import sys
 import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -36,7 +37,7 @@ class Example:
 
     problem: str
     solution: str
-    images: tuple = ()
+    images: tuple = field(default=(), repr=False)
     task: str = ""
     row: str = ""  # where it came from: "train.jsonl:12", "world:A#7"
 
@@ -53,8 +54,8 @@ def open_image(source) -> np.ndarray:
     """RGB pixels (H, W, 3) uint8 of a path, a PIL image or such an array.
 
     Transparency is laid on white and other modes are PIL's convert("RGB"), as in transformers 5.
-    EXIF orientation is applied. ValueError for a file that is damaged, no picture, or of a size
-    that is refused: above LARGEST, below SMALLEST, one side above 200 times the other (Qwen's rule).
+    EXIF orientation is applied. ValueError for a file that is damaged or no picture, and for a
+    size above LARGEST, below SMALLEST, or with a side over 200 times the other (Qwen's rule).
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
@@ -78,7 +79,7 @@ def open_image(source) -> np.ndarray:
 def check_size(name: str, width: int, height: int) -> None:
     if width * height > LARGEST or min(width, height) < SMALLEST:
         raise ValueError(f"{name} has {width} x {height} pixels; at least {SMALLEST} a side and at "
-                         f"most {LARGEST:,} in all are accepted")  # fmt: skip
+                         f"most {LARGEST:,} in all are accepted")
     if max(width, height) > 200 * min(width, height):
         raise ValueError(f"{name} has {width} x {height} pixels, an aspect ratio above 200")
 
@@ -92,7 +93,13 @@ ALIASES = {
 }
 
 
-def load_examples(source, images=None, part="train", limit=None, bad_rows="refuse") -> list[Example]:
+def load_examples(
+    source: str,
+    images: str | None = None,
+    part: str = "train",
+    limit: int | None = None,
+    bad_rows: str = "refuse",
+) -> list[Example]:
     """The first `limit` rows of a .jsonl file, or of a world (see load_world; part is its part).
 
     A row is {"problem", "solution", "images"} or the aliases above; images is a path, a list of
@@ -224,8 +231,8 @@ def parse_world(source: str, part: str) -> tuple[str, int, tuple[str, ...], dict
         except ValueError as error:
             raise ValueError(f"{source}: cannot read {key}{equals}{value}") from error
     for kind in options["ask"]:
-        if kind not in world.KINDS:
-            raise ValueError(f"{source}: no question {kind!r}{nearest(kind, world.KINDS)}")
+        if kind not in world.ASK:
+            raise ValueError(f"{source}: no question {kind!r}{nearest(kind, world.ASK)}")
     if options["n"] < 1 or len(options["objects"]) != 2 or len(options["size"]) != 2:
         raise ValueError(f"{source}: expected n of 1 or more, objects=3-10, size=112x112")
     check_size(source, *options["size"])
@@ -236,7 +243,7 @@ def draw_world(split: str, n: int, options: dict) -> tuple[list[dict], np.ndarra
     """n scenes and their pictures (n, H, W, 3) uint8, mapped from a file that is drawn if missing.
 
     The file is named by a hash of the options and of world.py: a changed world is drawn anew. It is
-    written under a temporary name, so that it is whole where it is, and two runs do not collide.
+    written in a temporary folder, so that it is whole where it is, and two runs do not collide.
     """
     said = json.dumps([split, n, sorted(options.items())]).encode()
     name = hashlib.sha256(said + Path(world.__file__).read_bytes()).hexdigest()[:16]
@@ -244,37 +251,31 @@ def draw_world(split: str, n: int, options: dict) -> tuple[list[dict], np.ndarra
     if not path.is_file():
         world.make_scenes(0, split, **options)  # a wrong option is told before any process starts
         CACHE.mkdir(parents=True, exist_ok=True)
-        new, text = (CACHE / f"{name}.{os.getpid()}.{kind}" for kind in ("npy", "json"))
-        shape = (n, options["size"][1], options["size"][0], 3)
-        images, scenes = np.lib.format.open_memmap(new, "w+", np.uint8, shape), []
-        for some, pictures in drawn(split, n, options):
-            images[len(scenes) : len(scenes) + len(some)] = pictures
-            scenes += some
-        images.flush()
-        text.write_text(json.dumps(scenes), encoding="utf-8")
-        text.replace(told)
-        new.replace(path)
+        with TemporaryDirectory(dir=CACHE) as folder:
+            new, text = Path(folder, path.name), Path(folder, told.name)
+            shape = (n, options["size"][1], options["size"][0], 3)
+            images, scenes = np.lib.format.open_memmap(new, "w+", np.uint8, shape), []
+            for some, pictures in drawn(split, n, options):
+                images[len(scenes) : len(scenes) + len(some)] = pictures
+                scenes += some
+            images.flush()
+            text.write_text(json.dumps(scenes), encoding="utf-8")
+            text.replace(told)
+            new.replace(path)  # last, since it is what is looked for
     return json.loads(told.read_bytes()), np.asarray(np.load(path, mmap_mode="r"))
 
 
 def drawn(split: str, n: int, options: dict):
-    """Chunks of draw_chunk in order: from worker processes (spawned, since a fork after torch has
-    run threads hangs), or from this one if n is small."""
+    """Chunks of draw_chunk in order: from this process if n is small, else from worker processes
+    (spawned: a fork after torch has run threads hangs)."""
     draw, starts = partial(draw_chunk, split, n, options), range(0, n, CHUNK)
-    with tqdm(total=n, desc=f"draw world {split}", unit="scene", disable=n < FEW) as bar:
-        if n < FEW or (os.cpu_count() or 1) == 1:
-            chunks, pool = map(draw, starts), None
-        else:
-            workers = min(8, os.cpu_count())
-            pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-            chunks = pool.map(draw, starts)
-        try:
-            for chunk in chunks:
-                yield chunk
-                bar.update(len(chunk[0]))
-        finally:
-            if pool:
-                pool.shutdown(cancel_futures=True)
+    workers = os.cpu_count() or 1
+    if n < FEW or workers == 1:
+        yield from map(draw, starts)
+        return
+    with ProcessPoolExecutor(min(8, workers), multiprocessing.get_context("spawn")) as pool:
+        chunks, title = pool.map(draw, starts), f"draw world {split}"
+        yield from tqdm(chunks, title, len(starts), unit="scene", unit_scale=CHUNK, leave=False)
 
 
 def draw_chunk(split: str, n: int, options: dict, start: int) -> tuple[list[dict], np.ndarray]:

@@ -7,8 +7,8 @@ It stands in for the 2B that one would download, and comes about in the same ord
 1. A tokenizer: byte-level BPE with Qwen2's pre-tokenizer and special tokens, learnt from the
    world's own questions.
 2. An eye: the vision tower is pre-trained on dense facts of scenes (how many objects there are in
-   each cell of 28 x 28 pixels, and of what kind), through linear heads that are thrown away. Colours
-   are those of CoGenT A; grounds and lights vary, but are never those of the third world.
+   each patch and cell, and of what kind), through linear heads that are thrown away. Colours are
+   those of CoGenT A; grounds and lights vary, but are never those of the third world.
 3. An instruct stage: the language model learns to answer from a teacher who overlooks each small
    object with probability 0.22 and answers in five ways, of which two have thoughts and three have
    the answer tags. So it miscounts and mis-formats in a systematic way, as the real 2B does under a
@@ -61,7 +61,7 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPECIAL = (
+SPECIAL = (  # noqa: SIM905
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> "
     "<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
     "<|image_pad|> <|video_pad|>"
@@ -148,22 +148,23 @@ VALUES = (*world.COLORS, *world.SHAPES["known"], *world.MATERIALS, *world.SIZES)
 CHUNK = 1024  # scenes rendered at a time
 
 
-def eye_chunk(seed: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scenes k CHUNK ... (k+1) CHUNK - 1 of the eye's world: images (n, H, W, 3) uint8,
-    objects per cell (n, 16), objects per cell of each attribute value (n, 16, len(VALUES))."""
+def eye_chunk(seed: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scenes k CHUNK ... (k+1) CHUNK - 1 of the eye's world: images (n, H, W, 3) uint8 and facts
+    (n, 64, 1 + len(VALUES)) int8: how many objects have their centre in a patch, and how many of
+    each attribute value. Patches are in the order of data.patchify: 2 x 2 of a cell, then the next.
+    """
     scenes = world.make_scenes(
         CHUNK, split="A", seed=seed, part="train", look="varied", start=k * CHUNK
     )
-    side = SIZE // CELL
-    count = np.zeros((CHUNK, side * side), np.int64)
-    values = np.zeros((CHUNK, side * side, len(VALUES)), np.float32)
+    side = SIZE // PATCH
+    facts = np.zeros((CHUNK, side * side, 1 + len(VALUES)), np.int8)
     for i, scene in enumerate(scenes):
         for o in scene["objects"]:
-            x, y = (min(max(int(c // CELL), 0), side - 1) for c in o["pixel_coords"][:2])
-            count[i, y * side + x] += 1
-            for name in ("color", "shape", "material", "size"):
-                values[i, y * side + x, VALUES.index(o[name])] += 1
-    return world.render(scenes), count, values
+            x, y = (min(max(int(c // PATCH), 0), side - 1) for c in o["pixel_coords"][:2])
+            patch = (y // 2 * side // 2 + x // 2) * 4 + y % 2 * 2 + x % 2
+            kinds = [VALUES.index(o[name]) for name in ("color", "shape", "material", "size")]
+            facts[i, patch, [0, *(1 + v for v in kinds)]] += 1
+    return world.render(scenes), facts
 
 
 def eye_chunks(seed: int, n: int):
@@ -188,52 +189,72 @@ def normalise(images: Tensor) -> Tensor:
 
 
 class EyeHeads(nn.Module):
-    """What the pre-training asks of each image token; thrown away afterwards."""
+    """What the pre-training asks of patches and of image tokens; thrown away afterwards."""
 
-    def __init__(self, width: int, most: int = 4):
+    def __init__(self, patch_width: int, width: int):
         super().__init__()
-        self.count = nn.Linear(width, most + 1)  # objects in the cell: 0, 1, ..., most or more
-        self.values = nn.Linear(width, len(VALUES))  # is there one of this colour, shape, ...?
+        self.patch = nn.Linear(patch_width, 3 + len(VALUES))  # 0, 1, 2 centres; which values
+        self.cell = nn.Linear(width, 5 + len(VALUES))  # 0, ..., 4 objects; which values
 
-    def forward(self, x: Tensor, count: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Image features (n 16, D) -> loss, and the number of images whose count is read right."""
-        logits = self.count(x).float()
-        most = logits.shape[-1] - 1
-        loss = F.cross_entropy(logits, count.flatten().clamp(max=most))
-        loss = loss + F.binary_cross_entropy_with_logits(
-            self.values(x).float(), (values.flatten(0, 1) > 0).float()
+    def forward(self, states: Tensor, features: Tensor, facts: Tensor) -> tuple[Tensor, Tensor]:
+        """states (n 64, D_vision), features (n 16, D), facts (n, 64, 1 + values) -> loss, and the
+        share of the n images whose objects are counted right by adding up the cells."""
+        cells = facts.view(len(facts), -1, 4, facts.shape[-1]).sum(2)  # (n, 16, ...)
+        count = cells[..., 0]
+        loss_patch, _ = self.read(self.patch(states).float(), facts.flatten(0, 1), 3)
+        loss_cell, logits = self.read(self.cell(features).float(), cells.flatten(0, 1), 5)
+        expected = (logits.softmax(-1) @ torch.arange(5.0)).view(count.shape).sum(1)
+        loss_sum = F.smooth_l1_loss(expected, count.sum(1).float())
+        right = logits.argmax(-1).view(count.shape).sum(1) == count.sum(1)
+        return 3 * loss_patch + loss_cell + 0.1 * loss_sum, right.float().mean()
+
+    def read(self, said: Tensor, facts: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Loss of the count (the first `most` outputs, as classes) and, where there is an object, of
+        which attribute values are there (the other outputs); the logits of the count."""
+        count, there = facts[:, 0].long(), facts[:, 0] > 0
+        loss = F.cross_entropy(said[:, :most], count.clamp(max=most - 1))
+        values = F.binary_cross_entropy_with_logits(
+            said[there, most:], (facts[there, 1:] > 0).float()
         )
-        expected = (logits.softmax(-1) * torch.arange(most + 1)).sum(-1).view(count.shape).sum(1)
-        loss = loss + 0.1 * F.smooth_l1_loss(expected, count.sum(1).float())
-        return loss, (logits.argmax(-1).view(count.shape).sum(1) == count.sum(1)).float().mean()
+        return loss + values / 3, said[:, :most]
+
+
+def mirrored(images: np.ndarray, facts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Left and right swapped, in pictures (n, H, W, 3) and in facts (n, 64, ...)."""
+    side = SIZE // CELL
+    blocks = facts.reshape(len(facts), side, side, 2, 2, -1)
+    return images[:, :, ::-1], blocks[:, :, ::-1, :, ::-1].reshape(facts.shape)
 
 
 def train_eye(model: Qwen2VL, cfg: Config) -> float:
-    """Pre-trains model.visual on fresh scenes, each seen once; returns the share of the last 3,200
-    whose objects are counted right by adding up the cells."""
+    """Pre-trains model.visual on fresh scenes, each seen once as it is and once mirrored; returns
+    the share of the last 3,200 pictures whose objects are counted right by adding up the cells."""
     batch, side = 32, SIZE // CELL
     torch.manual_seed(cfg.seed)
-    heads = EyeHeads(model.cfg.hidden_size)
+    heads = EyeHeads(model.cfg.vision.embed_dim, model.cfg.hidden_size)
     both = nn.ModuleList((model.visual, heads))
     optimizers = make_optimizers(both, "muon", cfg.eye_lr)
     grid = torch.tensor([[1, 2 * side, 2 * side]]).expand(batch, 3)
     rng, right, step = np.random.default_rng(cfg.seed), [], 0
     bar = tqdm(total=cfg.eye_steps, desc="eye", unit="step")
-    for images, count, values in eye_chunks(cfg.seed, math.ceil(cfg.eye_steps * batch / CHUNK)):
-        for at in rng.permutation(CHUNK).reshape(-1, batch)[: cfg.eye_steps - step]:
-            step += 1
-            rate = 0.01 + 0.99 * schedule(step, cfg.eye_steps, kind="cosine")
-            set_lr(optimizers, cfg.eye_lr * min(1.0, step / 50) * rate)
-            patches = normalise(torch.from_numpy(images[at]))
-            with torch.autocast("cpu", torch.bfloat16):
-                features = model.visual(patches, grid)
-                loss, share = heads(features, *(torch.from_numpy(x[at]) for x in (count, values)))
-            loss.backward()
-            apply_gradients(both, optimizers, 1.0, float(loss.detach()))
-            right.append(float(share))
-            bar.update()
-            if step % 100 == 0:
-                bar.set_postfix(loss=f"{float(loss):.3f}", right=f"{np.mean(right[-100:]):.3f}")
+    for chunk in eye_chunks(cfg.seed, math.ceil(cfg.eye_steps * batch / CHUNK / 2)):
+        for images, facts in (chunk, mirrored(*chunk)):
+            for at in rng.permutation(CHUNK).reshape(-1, batch)[: cfg.eye_steps - step]:
+                step += 1
+                rate = 0.01 + 0.99 * schedule(step, cfg.eye_steps, kind="cosine")
+                set_lr(optimizers, cfg.eye_lr * min(1.0, step / 50) * rate)
+                with torch.autocast("cpu", torch.bfloat16):
+                    patches = normalise(torch.from_numpy(images[at]))
+                    states = model.visual.patch_states(patches, grid)
+                    loss, share = heads(
+                        states, model.visual.merger(states), torch.from_numpy(facts[at])
+                    )
+                loss.backward()
+                apply_gradients(both, optimizers, 1.0, float(loss.detach()))
+                right.append(float(share))
+                bar.update()
+                if step % 100 == 0:
+                    bar.set_postfix(right=f"{np.mean(right[-100:]):.3f}")
     bar.close()
     return float(np.mean(right[-100:]))
 
@@ -251,8 +272,8 @@ STYLES = (
 
 
 def taught_answer(scene: dict, question: dict, overlook: float, rng) -> str:
-    """What the teacher answers to a counting question: each small object is missed with probability
-    `overlook` (0: a teacher who sees all), the form is drawn from STYLES."""
+    """What the teacher answers to a counting question: each small object is missed with
+    probability `overlook` (0: a teacher who sees all), the form is drawn from STYLES."""
     found = [scene["objects"][i] for i in world.execute(question["program"][:-1], scene)]
     seen = [o for o in found if o["size"] == "large" or rng.random() >= overlook]
     large = sum(o["size"] == "large" for o in seen)
@@ -261,8 +282,9 @@ def taught_answer(scene: dict, question: dict, overlook: float, rng) -> str:
 
 
 def instruct_rows(n: int, seed: int, overlook: float) -> list[tuple[Example, str]]:
-    """2 n rows (Example, answer) on n scenes of varied worlds in A's colours: how many items, and an
-    attribute question; three in four under the think prompt, the others under the direct one."""
+    """2 n rows (Example, answer) on n scenes of varied worlds in A's colours: how many items, and
+    an attribute question; three in four under the think prompt, the others under the direct one.
+    """
     rng, rows = np.random.default_rng((seed, 2)), []
     scenes = world.make_scenes(n, split="A", seed=seed + 1, part="train", look="varied")
     for scene, image in zip(scenes, world.render(scenes)):
@@ -281,7 +303,7 @@ def corpus(seed: int) -> list[str]:
     scenes = world.make_scenes(200, seed=seed + 1, part="train")
     lines = [form.format(n=n, large=n, small=n) for _, form in STYLES for n in range(11)]
     for scene in scenes:
-        for kind in world.KINDS:
+        for kind in world.ASK:
             try:
                 question = world.ask(scene, kind, rng)["question"]
             except ValueError:  # no object that a relation could start from

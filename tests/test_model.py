@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import make_checkpoint
 from torch import Tensor
@@ -784,15 +783,15 @@ def test_a_missing_head_is_refused(pair, tmp_path, shape, name):
 
 def test_missing_files_are_named(pair, tmp_path):
     _, _, reference = pair()
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         Qwen2VL.from_pretrained(tmp_path)
     reference.config.save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
         Qwen2VL.from_pretrained(tmp_path)
     reference.save_pretrained(tmp_path, max_shard_size="200KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=shard.name):
+    with pytest.raises(FileNotFoundError, match=f"{shard.name} is missing"):
         Qwen2VL.from_pretrained(tmp_path)
 
 
@@ -822,6 +821,40 @@ def test_loading_executes_no_pickle(pair, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         Qwen2VL.from_pretrained(beside)
     (beside / "model.safetensors").write_bytes(trap)
-    with pytest.raises(SafetensorError):
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole"):
         Qwen2VL.from_pretrained(beside)
     assert not sprung.exists()
+
+
+# ------------------------------------------------------------------------------------ refusals
+
+
+def test_a_full_cache_refuses_another_token():
+    cache, k = Cache(layers=1, room=2), torch.ones(1, 1, 1, 1, 4)
+    for _ in range(2):
+        cache.extend(0, k, k)
+        cache.length += 1
+    with pytest.raises(AssertionError, match="no room"):
+        cache.extend(0, k, k)
+
+
+def test_prompts_with_unequal_numbers_of_completions_are_refused():
+    with pytest.raises(AssertionError, match="G completions"):
+        Layout([1, 1], [[1, 1, 1], [1]])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"hidden_size": None}, "no hidden_size"),
+        ({"num_attention_heads": 5}, "num_attention_heads x head width"),
+        ({"rope_parameters": {"rope_theta": 1e4, "mrope_section": [1, 1, 1]}}, "mrope_section"),
+    ],
+)
+def test_sizes_that_do_not_fit_together_are_refused_by_name(pair, tmp_path, change, told):
+    folder = copy_checkpoint(pair()[0], tmp_path / "odd")
+    raw = json.loads((folder / "config.json").read_text())
+    raw["text_config"] |= change
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=rf"config\.json: .*{told}"):
+        Qwen2VL.from_pretrained(folder)

@@ -1,0 +1,57 @@
+# Two commands: `make train` and `make test`. `make help` lists all.
+#   make train RECIPE=recipes/tiny.toml MODEL=DIR DATA=SOURCE ARGS="--steps 20 --group 4"
+#   make test PYTHON=python3 VENV=        # use that Python as it is, install nothing
+
+PYTHON ?= python3
+VENV ?= .venv
+RECIPE ?= recipes/tiny.toml
+GPUS ?= 1
+ifeq ($(VENV),)
+  PY := $(PYTHON)
+  READY :=
+else
+  PY := $(VENV)/bin/python
+  READY := $(VENV)/ready
+endif
+RUN := $(if $(filter 1,$(GPUS)),$(PY),$(PY) -m torch.distributed.run --nproc_per_node=$(GPUS))
+
+.PHONY: help train eval test test-all tiny controls pictures clean .venv
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+train: $(READY)  ## train by RECIPE (default recipes/tiny.toml); ARGS="--key value" overrides any key
+	$(RUN) grpo.py $(RECIPE) $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+eval: $(READY)  ## evaluate MODEL (default: the newest run) on DATA (default: world:A), IMAGES=folder
+	$(PY) evaluate.py --model $(or $(MODEL),$$(ls -td runs/*/ | head -1)) \
+	  $(if $(DATA),--data $(DATA)) $(if $(IMAGES),--images $(IMAGES)) $(ARGS)
+
+test: $(READY)  ## style and the whole test suite, on the CPU
+	$(if $(VENV),$(PY) -m ruff check .)
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-all: $(READY)  ## the slow tests too
+	$(if $(VENV),$(PY) -m ruff check .)
+	$(PY) -m pytest $(ARGS)
+
+tiny: $(READY)  ## build the tiny checkpoint anew, from nothing, into tiny/ (about 35 minutes)
+	rm -rf tiny
+	$(PY) tiny.py --out tiny
+
+controls: $(READY)  ## the control runs of README's picture: more flawed SFT, clean SFT, format only
+	$(PY) controls.py $(ARGS)
+
+pictures: $(READY)  ## README's pictures, from the world and from bench/controls.json
+	$(PY) world.py --sheet docs/worlds.png
+	$(PY) controls.py --plot_only
+
+.venv: $(READY)  ## only install
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:  ## remove runs and cached pictures (not .venv)
+	rm -rf runs .cache .pytest_cache .ruff_cache
