@@ -179,10 +179,10 @@ def enter_round(p, d, a, b, c):
 
 
 def enter_torus(p, d, ring, tube):
-    """Sphere tracing: 24 steps, each as long as the tube is far, from in front of the box."""
+    """Sphere tracing: 32 steps, each as long as the tube is far, from in front of the box."""
     reach = np.sqrt(d[0] * d[0] + (d[1] * d[1] + d[2] * d[2]))
     t = -1.2 * (ring + tube) / reach
-    for _ in range(24):
+    for _ in range(32):
         x, y, z = (a + t * b for a, b in zip(p, d))
         gap = np.sqrt((np.sqrt(x * x + y * y) - ring) ** 2 + z * z) - tube
         t = t + gap / reach
@@ -248,8 +248,8 @@ def normals(stage, k, p):
     unit = float((stage.half if shape == "cube" else stage.radius)[k])
     x, y, z = (p[0] - x) / unit, (p[1] - y) / unit, (p[2] - z) / unit
     if shape == "cube":
-        u, v, z = turned((x, y, z), -stage.turn[k])
-        return turned((power(u * u, 3) * u, power(v * v, 3) * v, power(z * z, 3) * z), stage.turn[k])
+        faces = [power(v * v, 3) * v for v in turned((x, y, z), -stage.turn[k])]
+        return turned(faces, stage.turn[k])
     if shape == "cylinder":
         wall = power(x * x + y * y, 3)
         return x * wall, y * wall, power(z * z, 3) * z
@@ -282,11 +282,11 @@ def shade(base, n, d, metal, look):
     d = d / np.sqrt(dot(d, d))
     mirrored = d - 2 * dot(n, d) * n
     sky = np.clip(4 * mirrored[2] + 0.5, 0, 1)
-    seen = sky * (0.25 + 0.55 * mirrored[2]) + (1 - sky) * 0.7 * floor
-    polished *= 0.45
-    polished += 0.9 * base * seen
+    seen = sky * (0.1 + 1.1 * mirrored[2]) + (1 - sky) * floor * (0.9 + 0.9 * mirrored[2])
+    polished *= 0.3
+    polished += (0.9 * base + 0.1) * seen
     for way, _, strength in lamps:
-        polished += strength * power(np.maximum(dot(mirrored, way), 0), 5)
+        polished += strength * power(np.maximum(dot(mirrored, way), 0), 4)
     return colors
 
 
@@ -298,9 +298,9 @@ def dot(u, v):
 def ground(stage, look):
     """Linear colours (3, H W) of the ground with its pattern, lamp light and shadows."""
     dx, dy, dz = directions(stage, 1)
-    depth = stage.origin[1] / np.maximum(-dz, 0.04)                         # flat past the horizon
+    depth = stage.origin[1] / np.maximum(-dz, 0.08)                         # flat past the horizon
     x, y = depth * dx, depth * dy - stage.origin[0]                         # (H, W), (H, 1)
-    light = shadows(stage, look["light"], x, y) / (1 + 0.006 * (x * x + y * y))
+    light = shadows(stage, look["light"], x, y) / (1 + 0.004 * (x * x + y * y))
     if look["pattern"] != "none":
         field = [kx * x + ky * y + shift for kx, ky, shift in look["waves"]]
         if look["pattern"] == "blotches":

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+import parallel
 from config import opt, parse
 from data import Example, Processor
 from journal import newest_checkpoint, write_json
@@ -49,11 +50,15 @@ def evaluate(
 ) -> dict:
     """Greedy answers to all examples: {"accuracy", "low", "high", "format", ..., "results": [...]}.
 
+    Several processes answer a share each, and all return the whole.
     accuracy (with its 95 % interval low, high), format and unparsable are shares in [0, 1].
     """
     score = {name: f for name, f, _ in load_rewards(("accuracy", "format"), (1.0, 1.0))}
     results = []
-    bar = tqdm(total=len(examples), desc=title, unit="question", leave=False)
+    first, count = parallel.share(len(examples))
+    examples = examples[first : first + count]
+    quiet = parallel.rank() > 0
+    bar = tqdm(total=count, desc=title, unit="question", leave=False, disable=quiet)
     for at in range(0, len(examples), batch):
         some = examples[at : at + batch]
         prompts = [processor.prompt(example) for example in some]
@@ -73,6 +78,7 @@ def evaluate(
             })
         bar.update(len(some))
     bar.close()
+    results = [r for some in parallel.gathered(results) for r in some]
     return {**summary(results), "results": results}
 
 

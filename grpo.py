@@ -30,21 +30,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import journal
+import parallel
 import report
 from config import opt, parse
 from data import Processor
 from evaluate import evaluate
-from journal import (
-    Seconds,
-    append,
-    log_probes,
-    log_rollout,
-    newest_checkpoint,
-    peak_memory_gb,
-    run_folder,
-    save_checkpoint,
-    write_json,
-)
+from journal import Seconds
 from model import Qwen2VL
 from optim import apply_gradients, draw_rows, make_optimizers, schedule, set_lr
 from rewards import load_rewards
@@ -152,15 +144,15 @@ def k3(logp: Tensor, ref: Tensor) -> Tensor:
     return (ref - logp).exp() - (ref - logp) - 1
 
 
-def token_weights(mask: Tensor, mean: str, sequences: int, max_new: int) -> Tensor:
+def token_weights(mask: Tensor, mean: str, sequences: int, max_new: int, tokens=None) -> Tensor:
     """Weights (B, G, T), so that the loss of a step is sum(weights x token loss).
 
-    mask (B, G, T) is that of the whole step: the denominators are known before the first backward.
-    sequence: 1 / (|o_i| sequences), GRPO. token: 1 / (all tokens), DAPO. constant:
+    `sequences` and `tokens` (default: those of mask) are numbers of the whole step, known before
+    the first backward. sequence: 1 / (|o_i| sequences), GRPO. token: 1 / tokens, DAPO. constant:
     1 / (sequences max_new), Dr. GRPO.
     """
     if mean == "token":
-        return mask / mask.sum().clamp(min=1)
+        return mask / (mask.sum() if tokens is None else tokens).clamp(min=1)
     if mean == "constant":
         return mask / (sequences * max_new)
     return mask / mask.sum(-1, keepdim=True).clamp(min=1) / sequences
@@ -204,22 +196,24 @@ def has_signal(reward: Tensor) -> Tensor:
 
 
 def sample_batch(model, processor, examples, rewards, drawn, cfg):
-    """B groups, their rewards (R, B, G), and how many prompts have been drawn by now.
+    """This process's share of B groups, their rewards (R, B, G), and the prompts drawn by now.
 
     Dynamic sampling (DAPO, section 3.2): groups whose rewards are all equal are replaced by fresh
     prompts, `dynamic_sampling` times at most; what is still without signal then stays in.
     """
-    rollout = sample_groups(model, processor, examples, drawn, cfg.prompts, cfg)
+    first, count = parallel.share(cfg.prompts)
+    rollout = sample_groups(model, processor, examples, drawn + first, count, cfg)
     drawn += cfg.prompts
     table = reward_table(rollout, rewards)
     for _ in range(cfg.dynamic_sampling):
         dull = (~has_signal(total_reward(table, rewards))).nonzero()[:, 0].tolist()
-        if not dull:
-            break
-        fresh = sample_groups(model, processor, examples, drawn, len(dull), cfg)
-        drawn += len(dull)
-        rollout = rollout.replace(dull, fresh)
-        table[:, dull] = reward_table(fresh, rewards)
+        counts = parallel.gathered(len(dull))
+        if dull:
+            first = drawn + sum(counts[: parallel.rank()])
+            fresh = sample_groups(model, processor, examples, first, len(dull), cfg)
+            rollout = rollout.replace(dull, fresh)
+            table[:, dull] = reward_table(fresh, rewards)
+        drawn += sum(counts)
     return rollout, table, drawn
 
 
@@ -232,7 +226,8 @@ def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
     mask = rollout.mask
     if cfg.mask_truncated:
         mask = mask & rollout.finished[..., None]
-    weights = token_weights(mask, cfg.mean, adv.numel(), cfg.max_new)
+    sequences, tokens = cfg.prompts * cfg.group, parallel.total(mask.sum())
+    weights = token_weights(mask, cfg.mean, sequences, cfg.max_new, tokens)
     rows = list(range(len(rollout.prompts)))
     micros = [rows[i : i + cfg.micro_prompts] for i in range(0, len(rows), cfg.micro_prompts)]
     parts = [(rollout.select(m), adv[m][..., None], mask[m], weights[m]) for m in micros]
@@ -245,7 +240,7 @@ def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
     olds = frozen(model) if cfg.updates_per_batch > 1 else [None] * len(parts)
     skipped = 0
     for _ in range(cfg.updates_per_batch):
-        sums = defaultdict(float)
+        sums = defaultdict(float, tokens=float(rollout.mask.sum()))
         for (part, a, m, w), ref, old in zip(parts, refs, olds):
             logp, entropy = score(model, part, cfg.temperature, banned)
             now = logp.detach()
@@ -262,33 +257,40 @@ def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
             high, low = (ratio > 1 + cfg.clip_high) & (a > 0), (ratio < 1 - cfg.clip_low) & (a < 0)
             sums["clip_share"] += float(((high | low) & part.mask).sum())
             sums["mismatch"] += float(((part.logp - now).abs().exp() * part.mask).sum())
+        parallel.sum_gradients(model)
+        counted = torch.tensor(list(sums.values()), dtype=torch.float64, device=adv.device)
+        sums = dict(zip(sums, parallel.total(counted).tolist()))
         norm = apply_gradients(model, optimizers, cfg.max_grad_norm, sums["loss"])
         skipped += norm is None
-    tokens = int(rollout.mask.sum())
-    means = {k: v / tokens for k, v in sums.items() if k != "loss"}
-    return {"loss": sums["loss"], **means, "grad_norm": norm, "skipped": skipped}
+    loss, tokens = sums.pop("loss"), sums.pop("tokens")
+    means = {k: v / tokens for k, v in sums.items()}
+    return {"loss": loss, **means, "grad_norm": norm, "skipped": skipped}
 
 
 # ---------------------------------------------------------------------------------------- the run
 
 
-def step_metrics(rollout: Rollout, table: Tensor, rewards: list, reward: Tensor) -> dict:
-    """What the samples of a step say; the shares are over completions, no_signal over groups."""
-    lengths = rollout.lengths.float()
-    rows = {f"reward/{name}": float(t.nanmean()) for (name, _, _), t in zip(rewards, table)}
+def step_metrics(rollout: Rollout, table: Tensor, rewards: list) -> dict:
+    """What the samples of all processes say; shares are over completions, no_signal over groups."""
+    mine = (table.transpose(0, 1), rollout.lengths.cpu().float(), rollout.finished.cpu())
+    table, lengths, finished = (torch.cat(x) for x in zip(*parallel.gathered(mine)))
+    table = table.transpose(0, 1)  # (R, B, G)
+    reward = total_reward(table, rewards)
+    found = {"reward": float(reward.nanmean())}
+    found |= {f"reward/{name}": float(t.nanmean()) for (name, _, _), t in zip(rewards, table)}
     names = [name for name, _, _ in rewards]
     if {"accuracy", "format"} <= set(names):
         right, form = (table[names.index(k)] for k in ("accuracy", "format"))
-        rows["format_only"] = float(((form == 1) & (right == 0)).float().mean())
-    return {
-        "reward": float(reward.nanmean()), **rows,
+        found["format_only"] = float(((form == 1) & (right == 0)).float().mean())
+    return found | {
         "reward_std": float(reward.std(1).nanmean()),
         "no_signal": float((~has_signal(reward)).float().mean()),
         "no_reward": float(reward.isnan().float().mean()),
-        "length/mean": float(lengths.mean()), "length/min": float(lengths.min()),
+        "length/mean": float(lengths.mean()),
+        "length/min": float(lengths.min()),
         "length/max": float(lengths.max()),
-        "truncated": float((~rollout.finished).float().mean()),
-    }  # fmt: skip
+        "truncated": float((~finished).float().mean()),
+    }
 
 
 def evaluate_all(model, processor, evals: dict, cfg, out: Path, when: str) -> dict:
@@ -296,69 +298,84 @@ def evaluate_all(model, processor, evals: dict, cfg, out: Path, when: str) -> di
     found = {}
     for name, examples in evals.items():
         full = evaluate(model, processor, examples, max_new=cfg.max_new, title=f"{when}: {name}")
-        write_json(full, out / "eval" / f"{name}_{when}.json")
+        if parallel.rank() == 0:
+            journal.write_json(full, out / "eval" / f"{name}_{when}.json")
         found[name] = {k: v for k, v in full.items() if k != "results"}
     return found
 
 
-def train(cfg: Config) -> dict:
-    """The box of DeepSeekMath, Algorithm 1; its lines stand where they are done. -> the summary"""
-    seconds, device = Seconds(), "cuda" if torch.cuda.is_available() else "cpu"
+def setup(cfg: Config, device: str, seconds: Seconds) -> tuple:
+    """All that a run reads, checked before anything is written: processor, rewards, rows, evals,
+    policy and reference (lines 1 and 3), and the run's folder."""
+    if cfg.prompts < parallel.size():
+        raise ValueError(f"prompts {cfg.prompts}: must be at least 1 for each of the "
+                         f"{parallel.size()} processes")
     rewards = load_rewards(cfg.rewards, cfg.reward_weights)
-    folder = newest_checkpoint(cfg.model)
+    folder = journal.newest_checkpoint(cfg.model)
     processor = Processor.from_pretrained(folder, cfg.template, max_pixels=cfg.max_pixels)
     with seconds("render"):
         examples = load_examples(cfg.data, cfg.images, part="train")
         evals = {k: load_examples(v, part="test") for k, v in (e.split("=", 1) for e in cfg.evals)}
-    out = run_folder(cfg.out, cfg)
-    policy = Qwen2VL.from_pretrained(folder, device=device)  # 1: initial policy model
-    reference = Qwen2VL.from_pretrained(folder, device=device) if cfg.beta else None  # 3
+    policy = Qwen2VL.from_pretrained(folder, device=device)
+    reference = Qwen2VL.from_pretrained(folder, device=device) if cfg.beta else None
+    out = journal.run_folder(cfg.out, cfg) if parallel.rank() == 0 else None
+    return processor, rewards, examples, evals, policy, reference, parallel.gathered(out)[0]
+
+
+def train(cfg: Config) -> dict:
+    """The box of DeepSeekMath, Algorithm 1; its lines stand where they are done. -> the summary"""
+    device, seconds = parallel.start(), Seconds()
+    # 1: initial policy model    3: reference model
+    processor, rewards, examples, evals, policy, reference, out = setup(cfg, device, seconds)
     optimizers = make_optimizers(policy, cfg.optimizer, cfg.lr, cfg.weight_decay)
-    half = partial(torch.autocast, device, torch.bfloat16, enabled=cfg.bf16)
+    half = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=cfg.bf16)
     probes = [processor.prompt(e) for e in (next(iter(evals.values()), examples))[: cfg.probes]]
     with seconds("eval"), half():
         before = evaluate_all(policy, processor, evals, cfg, out, "before")
-        log_probes(out, 0, policy, processor, probes, rewards, cfg.max_new)
 
-    drawn, bad = 0, 0  # prompts drawn so far, steps without an update in a row
-    bar = tqdm(range(1, cfg.steps + 1), desc="grpo", unit="step")
+    drawn, bad, main_process = 0, 0, parallel.rank() == 0
+    bar = tqdm(range(1, cfg.steps + 1), desc="grpo", unit="step", disable=not main_process)
     for step in bar:  # 4: for step = 1, ..., M
-        lr = cfg.lr * schedule(step, cfg.steps, cfg.warmup, cfg.schedule)
-        set_lr(optimizers, lr)
+        set_lr(optimizers, lr := cfg.lr * schedule(step, cfg.steps, cfg.warmup, cfg.schedule))
+        with seconds("log"), half():
+            if main_process and (step - 1) % cfg.probe_every == 0:
+                journal.log_probes(out, step - 1, policy, processor, probes, rewards, cfg.max_new)
         with seconds("sample"), half():
             # 5: sample a batch    7: sample G outputs for each question    8: compute rewards
             rollout, table, drawn = sample_batch(policy, processor, examples, rewards, drawn, cfg)
-            reward = total_reward(table, rewards)
         # 9: compute the advantages through group relative estimation
-        adv = group_advantages(reward, cfg.advantage).to(device)
+        adv = group_advantages(total_reward(table, rewards), cfg.advantage).to(device)
         with seconds("update"), half():
             # 10: for GRPO iteration = 1, ..., mu    11: update by maximizing the GRPO objective
             found = update(policy, reference, optimizers, rollout, adv, processor.banned_ids, cfg)
-        took = {f"time/{k}": seconds.last[k] for k in ("sample", "update")}
-        row = {"step": step, "lr": lr, **step_metrics(rollout, table, rewards, reward), **found,
-               "seconds": seconds.since_start(), "drawn": drawn, **took,
-               "completions_per_second": adv.numel() / sum(took.values())}
-        append(out / "metrics.jsonl", row)
-        bar.set_postfix({k: f"{row[k]:.2f}" for k in ("reward", "length/mean")})
+        row = {"step": step, "lr": lr, **step_metrics(rollout, table, rewards), **found}
+        row |= {f"time/{k}": seconds.last[k] for k in ("sample", "update")}
+        row |= {"seconds": seconds.since_start(), "drawn": drawn, "completions_per_second":
+                cfg.prompts * cfg.group / (row["time/sample"] + row["time/update"])}
         bad = bad + 1 if found["skipped"] == cfg.updates_per_batch else 0
         if bad == 5:
             raise SystemExit(f"step {step}: 5 updates in a row were not finite and were skipped. "
                              "Try a smaller --lr or --max_grad_norm, or --bf16 false.")
-        with seconds("log"), half():
-            if step == 1 or step % cfg.probe_every == 0:
-                log_rollout(out, step, rollout, table, rewards, adv)
-                log_probes(out, step, policy, processor, probes, rewards, cfg.max_new)
-            if step % cfg.save_every == 0 or step == cfg.steps:
-                save_checkpoint(policy, processor, out / f"step_{step:06d}")
+        bar.set_postfix({k: f"{row[k]:.2f}" for k in ("reward", "length/mean")})
+        with seconds("log"):
+            if main_process:
+                journal.append(out / "metrics.jsonl", row)
+                if step == 1 or step % cfg.probe_every == 0:
+                    journal.log_rollout(out, step, rollout, table, rewards, adv)
+                if step % cfg.save_every == 0 or step == cfg.steps:
+                    journal.save_checkpoint(policy, processor, out / f"step_{step:06d}")
     with seconds("eval"), half():
+        journal.log_probes(out, cfg.steps, policy, processor, probes if main_process else [], rewards,
+                   cfg.max_new)
         after = evaluate_all(policy, processor, evals, cfg, out, "after")
     seconds["grpo"] = seconds["sample"] + seconds["update"] + seconds["log"]
     shown = {k: round(seconds[k], 1) for k in ("render", "tiny", "grpo", "eval")}
-    found = {"before": before, "after": after, "seconds": shown, "steps": cfg.steps,
-             "seed": cfg.seed, "peak_memory_gb": round(peak_memory_gb(), 3)}
-    write_json(found, out / "summary.json")
-    print_summary(found, out, report.write(out))
-    return found
+    summary = {"before": before, "after": after, "seconds": shown, "steps": cfg.steps,
+               "seed": cfg.seed, "peak_memory_gb": round(journal.peak_memory_gb(), 3)}
+    if main_process:
+        journal.write_json(summary, out / "summary.json")
+        print_summary(summary, out, report.write(out))
+    return summary
 
 
 def print_summary(found: dict, out: Path, page: Path) -> None:
@@ -368,7 +385,7 @@ def print_summary(found: dict, out: Path, page: Path) -> None:
         a = found["after"][name]
         cells = (f"{x['accuracy']:.3f} ({x['low']:.2f}-{x['high']:.2f})" for x in (b, a))
         print(f"{name:10}  {'  '.join(cells)}  {b['format']:.2f} -> {a['format']:.2f}")
-    print(f"\ncheckpoint  {newest_checkpoint(str(out))}\nreport      {page}")
+    print(f"\ncheckpoint  {journal.newest_checkpoint(str(out))}\nreport      {page}")
 
 
 def main(argv=None) -> dict:
@@ -377,6 +394,8 @@ def main(argv=None) -> dict:
         return train(cfg)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
+    finally:
+        parallel.stop()
 
 
 if __name__ == "__main__":

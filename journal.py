@@ -56,15 +56,20 @@ def save_checkpoint(model, processor, folder: Path) -> None:
 
 def newest_checkpoint(folder: str) -> str:
     """`folder` itself if it is a checkpoint, else its newest step_… folder. ValueError if none."""
-    if (Path(folder) / "config.json").is_file() and (Path(folder) / "tokenizer.json").is_file():
+    def whole(p):  # a folder step_….tmp is one that was never finished
+        return all((p / name).is_file() for name in ("config.json", "tokenizer.json"))
+
+    if whole(Path(folder)):
         return folder
-    steps = sorted(p for p in Path(folder).glob("step_*") if (p / "config.json").is_file())
+    steps = sorted(p for p in Path(folder).glob("step_*[0-9]") if whole(p))
     if not steps:
-        raise ValueError(f"model {folder}: neither a checkpoint folder nor a run that has one")
+        raise ValueError(f"model {folder}: neither a checkpoint folder (config.json and "
+                         "tokenizer.json) nor a run that has one (step_…)")
     return str(steps[-1])
 
 
 def write_json(obj, path) -> None:
+    """Writes obj as JSON, whole or not at all; what stood at path before stays until then."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
         json.dump(obj, f, indent=1)
@@ -153,6 +158,7 @@ class Seconds(dict):
         self[name] += self.last[name]
 
     def since_start(self) -> float:
+        """Seconds since this was made."""
         return time.perf_counter() - self.start
 
 

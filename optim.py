@@ -62,6 +62,7 @@ def apply_gradients(model, optimizers: list, max_norm: float, loss: float) -> fl
     if finite:
         for optimizer in optimizers:
             optimizer.step()
+        torch.clear_autocast_cache()  # else the next bf16 forward may read the weights of before
     model.zero_grad(set_to_none=True)
     return float(norm) if finite else None
 def draw_rows(n_rows: int, seed: int, start: int, count: int) -> list[int]:

@@ -3,9 +3,8 @@
     python report.py runs/tiny        # reads the folder of a run, writes runs/tiny/report.html
 
 The page is one file without script or network; its Content-Security-Policy forbids both. What a run
-says is shown, never obeyed: every string passes through `esc`. A page can be written at any time,
-also while the run goes on or after it was killed: what is missing is left out, a broken line is
-skipped, and of steps logged twice (a resumed run) the later one counts. n: number of steps.
+says is shown, never obeyed: every string passes through `esc`. A page can be written at any time:
+what is not there is left out, broken lines are skipped, of a step logged twice the later counts.
 """
 
 import base64
@@ -17,8 +16,8 @@ import math
 import os
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,11 +25,10 @@ from rewards import ANSWER, THINK, gold_answer
 
 STEPS, GROUPS, COMPLETIONS, PROBES = 3, 3, 12, 9  # samples: steps, of each, of each; probed steps
 TEXT, PICTURE = 2400, 2_000_000  # characters of a completion, bytes of a picture, at most
-W, H, LEFT, RIGHT, TOP, BOTTOM = 320, 150, 44, 312, 10, 126  # a chart and its frame, in pixels
+W, H, LEFT, RIGHT, TOP, BOTTOM = 320, 150, 44, 308, 10, 126  # a chart and its frame, in pixels
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """A chart: a metric, what it means and what is healthy, and how it is drawn."""
 
     key: str
@@ -39,51 +37,41 @@ class Curve:
     share: bool = False  # in per cent
     axis: tuple = (0,)  # values that the axis shows in any case
     band: tuple = ()  # metrics of the lower and the upper edge
-    limit: float | None = None  # a dashed line
 
 
 CURVES = (
-    Curve("reward", "Reward", "Weighted sum of all rewards, mean over completions. Should rise, "
-          "then level off."),
+    Curve("reward", "Reward", "Weighted sum, mean over completions. Should rise, then level off."),
     Curve("reward/accuracy", "Accuracy", "Sampled completions with the right answer. Should rise; "
           "greedy answers, as in the table above, are mostly better.", True, (0, 1)),
-    Curve("reward/format", "Format", "Completions in the form that was asked for. Should come near "
-          "100 % early and stay there.", True, (0, 1)),
+    Curve("reward/format", "Format", "Form as asked for. Should near 100 % early.", True, (0, 1)),
     Curve("format_only", "Format only", "Right in form, wrong in answer. Often rises first, then "
           "should fall: a high plateau means that only the form was learnt.", True, (0, 1)),
     Curve("no_signal", "Groups without signal", "Groups whose rewards are all equal give no "
           "gradient. Near 100 % the questions are too easy or too hard.", True, (0, 1)),
-    Curve("entropy", "Entropy", "Nats per sampled token. Should fall slowly: a drop to 0 ends "
-          "exploration, a steady rise is a model coming apart."),
-    Curve("kl", "KL to the start", "Nats per token between the policy and the model it started "
-          "from. A slow rise is learning, a jump is a warning."),
+    Curve("entropy", "Entropy", "Nats per token. Should fall slowly; at 0 exploration has ended."),
+    Curve("kl", "KL to the start", "Nats per token. A slow rise is learning, a jump is a warning."),
     Curve("length/mean", "Length", "Tokens of a completion: mean, and from shortest to longest. A "
           "band along the limit: answers are cut.", band=("length/min", "length/max")),
-    Curve("truncated", "Cut off", "Completions that reached the limit before their end. Should be "
-          "near 0 %: few of them hold an answer.", True),
+    Curve("truncated", "Cut off", "Completions that the limit stopped. Should be near 0 %.", True),
     Curve("clip_share", "Clipped", "Tokens whose ratio left the trust region, so that they do not "
           "train. 0 with one update per batch, else a few per cent.", True),
-    Curve("grad_norm", "Gradient norm", "Before it is scaled down. A spike is harmless; a steady "
-          "climb says that the step size is too large."),
+    Curve("grad_norm", "Gradient norm", "Unclipped. A spike is harmless, a climb: lr too large."),
     Curve("mismatch", "Sampler against trainer", "Mean of exp|difference of their log-probs|. 1 is "
-          "exact agreement; must stay below the dashed 1.02.", axis=(1, 1.02), limit=1.02),
-    Curve("completions_per_second", "Completions per second", "Speed of the whole step. Should be "
-          "steady; falls when completions grow."),
+          "exact agreement; must stay below 1.02.", axis=(1, 1.02)),
+    Curve("completions_per_second", "Completions per second", "Of a whole step. Should be steady."),
 )  # fmt: skip
 
-# ------------------------------------------------------------------- reading a run, writing text
 
 def read(path: Path) -> list[dict]:
     """The object of a .json; of a .jsonl those with a step, in order. Broken ones are skipped."""
-    kept, text = {}, path.read_text("utf-8", "replace") if path.is_file() else ""
-    for part in text.split("\n") if path.suffix == ".jsonl" else [text]:
-        try:
+    kept, lines = {}, path.suffix == ".jsonl"
+    text = path.read_text("utf-8", "replace") if path.is_file() else ""
+    for part in text.split("\n") if lines else [text]:
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(part)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and (path.suffix == ".json" or number(row.get("step")) is not None):
-            kept[row.get("step"), str(row.get("images"))] = row
-    return sorted(kept.values(), key=lambda row: row.get("step", 0))
+            if isinstance(row, dict) and (not lines or number(row.get("step")) is not None):
+                kept[tuple(str(row.get(k)) for k in ("step", "problem", "images"))] = row
+    return sorted(kept.values(), key=lambda row: row["step"]) if lines else list(kept.values())
 
 
 def spread(items, most: int) -> list:
@@ -94,22 +82,21 @@ def spread(items, most: int) -> list:
 
 def number(x) -> float | None:
     """x if it is a finite number of a size that can be drawn, else None."""
-    real = isinstance(x, int | float) and not isinstance(x, bool)
+    real = isinstance(x, int | float) and type(x) is not bool
     return float(x) if real and -1e30 < x < 1e30 else None
 
 
 def show(x, share: bool = False) -> str:
-    """A number in four digits, or a share in per cent; a dash where there is none."""
+    """A number in three or four digits, or a share in per cent; a dash where there is none."""
     if number(x) is None:
         return "–"
-    text = f"{100 * x:.1f} %" if share else f"{x:,.0f}" if 100 <= abs(x) < 1e6 else f"{x:.4g}"
-    return text.replace("e-0", "e-").replace("-", "−")
+    short = f"{x:,.0f}" if 100 <= abs(x) < 1e6 else f"{x:.{4 if 1 <= abs(x) < 10 else 3}g}"
+    return (f"{100 * x:.1f} %" if share else short).replace("e-0", "e-").replace("-", "−")
 
 
 # Control characters, those that turn the direction of a line, and halves of surrogate pairs.
 HIDDEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 TAGS = re.compile("|".join(html.escape(tag) for tag in THINK + ANSWER))
-MUTED = r"<i>\g<0></i>"
 
 
 def esc(x) -> str:
@@ -122,7 +109,7 @@ def said(x) -> str:
     text, half = str(x), TEXT // 2
     if len(text) > TEXT:
         text = f"{text[:half]}\n[… {len(text) - TEXT:,} characters …]\n{text[-half:]}"
-    return f"<pre>{TAGS.sub(MUTED, esc(text)) or '<i>(nothing)</i>'}</pre>"
+    return "<pre>" + (TAGS.sub(r"<i>\g<0></i>", esc(text)) or "<i>(nothing)</i>") + "</pre>"
 
 
 def marks(rewards: dict | None) -> str:
@@ -154,9 +141,6 @@ def picture(folder: Path, name, alt: str = "") -> str:
     return f'<img alt="{esc(alt)}" {size} src="data:image/{kind};base64,{code}">'
 
 
-# -------------------------------------------------------------------------------------- curves
-
-
 def series(rows: list[dict], *keys: str) -> np.ndarray:
     """(len(keys), n): these metrics at the steps where all of them are finite."""
     values = [[number(row.get(key)) for key in keys] for row in rows]
@@ -164,7 +148,7 @@ def series(rows: list[dict], *keys: str) -> np.ndarray:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Local mean (n,): triangle weights over n // 20 neighbours on each side, fewer at the ends."""
+    """Local mean (n steps,): triangle weights over n // 20 neighbours each side, fewer at ends."""
     weights = np.bartlett(2 * (len(values) // 20) + 3)[1:-1]
     return np.convolve(values, weights, "same") / np.convolve(values * 0 + 1, weights, "same")
 
@@ -192,34 +176,31 @@ def draw(curve: Curve, data: np.ndarray) -> str:
     """Heading and SVG of a chart; data (2 or 4, n): steps, values and, for a band, its edges."""
     times, unit = (100, " %") if curve.share else (1, "")
     steps, values = data[0], times * data[1:]
-    lines, out = [smooth(v) for v in values], []
-    bounds = [*(times * v for v in curve.axis), *np.ravel(lines[1:])]
-    bounds += [np.quantile(values[0], q, method=m) for q, m in ((0.01, "lower"), (0.99, "higher"))]
-    rows = ticks(float(min(bounds)), float(max(bounds)))
+    ends = [np.quantile(values[0], q, method=m) for q, m in ((0.01, "lower"), (0.99, "higher"))]
+    lines = [smooth(v) for v in (np.clip(values[0], *ends), *values[1:])]  # spikes bend no line
+    bounds = [*ends, *(times * v for v in curve.axis), *np.ravel(lines[1:])]
+    rows, out = ticks(float(min(bounds)), float(max(bounds))), []
     right = functools.partial(place, lo=steps[0], hi=steps[-1], start=LEFT, end=RIGHT)
     up = functools.partial(place, lo=rows[0], hi=rows[-1], start=BOTTOM, end=TOP)
     for v in rows:
         out.append(f'<path class="grid" d="M{LEFT} {up(v):.1f}H{RIGHT}"/><text x="{LEFT - 6}" '
                    f'y="{up(v) + 4:.1f}" text-anchor="end">{show(v)}{unit}</text>')  # fmt: skip
-    for v in ticks(steps[0], steps[-1]):
+    for v in ticks(steps[0], steps[-1], 6):
         if steps[0] <= v <= steps[-1] and v == int(v):
-            out.append(f'<text x="{right(v):.1f}" y="{H - 6}" text-anchor="middle">{show(v)}</text>')
+            out.append(f'<text x="{right(v):.1f}" y="{H - 6}" text-anchor="middle">{show(v)}'
+                       "</text>")  # fmt: skip
     at = spread(range(len(steps)), 400)
     xs, raw, (mean, *edges) = right(steps[at]), up(values[0, at]), [up(line[at]) for line in lines]
     if edges:
         around = points([*xs, *xs[::-1]], [*edges[0], *edges[1][::-1]])
         out.append(f'<path class="band" d="{around}Z"/>')
-    if curve.limit is not None:
-        out.append(f'<path class="limit" d="M{LEFT} {up(curve.limit):.1f}H{RIGHT}"/>')
     out.append(f'<path class="dots" d="{points(xs, raw, "h0M")}h0"/>'
                f'<path class="line" d="{points(xs, mean)}"/>')  # fmt: skip
-    hover = spread(at, 60)
-    wide = (RIGHT - LEFT) / max(1, len(hover) - 1)
-    for i in hover:
-        now, *ends = (f"{show(v)}{unit}" for v in values[:, i])
-        text = f"step {show(steps[i])}: {now}" + (f" ({' to '.join(ends)})" if ends else "")
-        out.append(f'<rect x="{right(steps[i]) - wide / 2:.1f}" y="{TOP}" width="{wide:.1f}" '
-                   f'height="{BOTTOM - TOP}"><title>{text}</title></rect>')  # fmt: skip
+    wide = (RIGHT - LEFT) / max(1, min(len(at), 60) - 1)
+    for i in spread(at, 60):
+        x, now = right(steps[i]) - wide / 2, f"step {show(steps[i])}: {show(values[0, i])}{unit}"
+        out.append(f'<rect x="{x:.1f}" width="{wide:.1f}" height="{BOTTOM}"><title>{now}'
+                   "</title></rect>")  # fmt: skip
     title, first, last = esc(curve.title), *(f"{show(lines[0][i])}{unit}" for i in (0, -1))
     return (f'<h3>{title} <b>{last}</b></h3><svg viewBox="0 0 {W} {H}" role="img" aria-label='
             f'"{title}: {first} at first, {last} at last">{"".join(out)}</svg>')  # fmt: skip
@@ -227,9 +208,8 @@ def draw(curve: Curve, data: np.ndarray) -> str:
 
 def curves(rows: list[dict]) -> str:
     """A chart for every metric that is there; those that are always 0 are only named."""
-    own = {key for row in rows for key in row if key.startswith("reward/")}
-    own = sorted(own - {curve.key for curve in CURVES})
-    own = [Curve(key, key.removeprefix("reward/"), "Mean of this reward.") for key in own]
+    own = {k for row in rows for k in row if k.startswith("reward/")} - {c.key for c in CURVES}
+    own = [Curve(k, k.removeprefix("reward/"), "Mean of this reward.") for k in sorted(own)]
     out, zero = [], []
     for curve in (*CURVES[:3], *own, *CURVES[3:]):
         data = series(rows, "step", curve.key, *curve.band)
@@ -237,11 +217,8 @@ def curves(rows: list[dict]) -> str:
             zero.append(esc(curve.title))
         elif data.size:
             out.append(f"<figure>{draw(curve, data)}<figcaption>{curve.says}</figcaption></figure>")
-    never = f"<p>Always 0, not drawn: {', '.join(zero)}.</p>" if zero else ""
-    return f'<div class="curves">{"".join(out)}</div>{never}' if out or zero else ""
-
-
-# ------------------------------------------------------------------------- table, samples, page
+    never = f"<p>Always 0, not drawn: {', '.join(zero)}.</p>" * bool(zero)
+    return f'<div class="curves">{"".join(out)}</div>{never}' * bool(out or zero)
 
 
 def results(summary: dict) -> str:
@@ -250,26 +227,25 @@ def results(summary: dict) -> str:
     for name in dict.fromkeys(name for sets in found.values() for name in sets):
         for when, row in ((when, sets[name]) for when, sets in found.items() if name in sets):
             x, low, high = (100 * (number(row.get(k)) or 0) for k in ("accuracy", "low", "high"))
-            cells = (f"<b>{show(row.get('accuracy'), True)}</b> <small>{low:.1f} to {high:.1f}</small>",
-                     f'<svg class="{when}" viewBox="-4 0 108 10"><path class="grid" d="M0 5H100"/>'
-                     f'<path class="line" d="M{low:.1f} 5H{high:.1f}"/><circle cx="{x:.1f}" cy="5" '
-                     'r="3.5"/></svg>', show(row.get("format"), True),
-                     show(row.get("unparsable"), True), show(row.get("length")), show(row.get("n")))
-            out.append(f'<tr><th scope="row">{esc(name)} <small>{when}</small></th>'
-                       f"<td>{'</td><td>'.join(cells)}</td></tr>")  # fmt: skip
-    titles = ("Set", "Accuracy", "0 to 100 %", "Format", "Unparsable", "Tokens", "Questions")
+            shares = [show(row.get(k), True) for k in ("accuracy", "format", "unparsable")]
+            shares[0] = (f"<b>{shares[0]}</b> <small>{low:.1f} to {high:.1f}</small></td><td><svg "
+                         'viewBox="-4 0 108 10"><path class="grid" d="M0 5H100"/><path class="line"'
+                         f' d="M{low:.1f} 5H{high:.1f}"/><circle cx="{x:.1f}" cy="5" r="2"/></svg>')
+            cells = "</td><td>".join((*shares, show(row.get("length")), show(row.get("n"))))
+            out.append(f'<tr class="{when}"><th scope="row">{esc(name)} <small>{when}</small></th>'
+                       f"<td>{cells}</td></tr>")  # fmt: skip
+    titles = ("Set", "Accuracy", "0 to 100 %", "Format", "Unparsable", "Tokens", "n")
     top = "".join(f'<th scope="col">{title}</th>' for title in titles)
     return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(out)}</tbody></table>" * bool(out)
 
 
 def asked(folder: Path, row: dict, lines: list[str]) -> str:
     """A question with its pictures and right answer, and beside it what was said, line by line."""
-    alt = f"Picture for: {row.get('problem', '')}"[:300]
-    images = "".join(picture(folder, name, alt) for name in row.get("images") or [])
+    problem, gold = str(row.get("problem", "")), gold_answer(str(row.get("solution", "")))
+    images = [picture(folder, name, f"Picture for: {problem}") for name in row.get("images") or []]
     prompt = f"<details><summary>Prompt</summary><pre>{esc(row.get('prompt'))}</pre></details>"
-    return (f'<article><div>{images}<h3>{esc(row.get("problem", ""))}</h3><p>Right answer: <b>'
-            f"{esc(gold_answer(str(row.get('solution', ''))))}</b></p>{prompt * ('prompt' in row)}"
-            f"</div><ol>{''.join(lines)}</ol></article>")  # fmt: skip
+    return (f"<article><div>{''.join(images)}<h3>{esc(problem)}</h3><p>Right answer: <b>{esc(gold)}"
+            f"</b></p>{prompt * ('prompt' in row)}</div><ol>{''.join(lines)}</ol></article>")
 
 
 def probes(folder: Path, rows: list[dict]) -> str:
@@ -288,31 +264,31 @@ def group(folder: Path, row: dict) -> str:
     lines, done = [], [(number(c.get("advantage")) or 0.0, c) for c in row.get("completions") or []]
     for adv, c in spread(sorted(done, key=lambda pair: -pair[0]), COMPLETIONS):
         kind, sign = ("up", "▲ +") if adv > 0 else ("down", "▼ ") if adv < 0 else ("", "")
-        end = "" if c.get("finished", True) else ", cut off"
         lines.append(f'<li class="{kind}"><p><b>{sign}{adv:.2f}</b> reward {show(c.get("reward"))} '
-                     f"{marks(c.get('rewards'))} {show(c.get('length'))} tokens{end}</p>"
-                     f"{said(c.get('text', ''))}</li>")  # fmt: skip
+                     f"{marks(c.get('rewards'))} {show(c.get('length'))} tokens"
+                     f"{', cut off' * (not c.get('finished', True))}</p>{said(c.get('text', ''))}"
+                     "</li>")  # fmt: skip
     return asked(folder, row, lines)
 
 
 def page(folder: Path) -> str:
     """The whole page of a run's folder."""
     config, summary = ((read(folder / f"{k}.json") or [{}])[0] for k in ("config", "summary"))
-    metrics, probed, logged = (read(folder / f"{k}.jsonl") for k in ("metrics", "probes", "rollouts"))
+    metrics, probed, logged = (
+        read(folder / f"{k}.jsonl") for k in ("metrics", "probes", "rollouts"))  # fmt: skip
     keys = ("model", "data", "steps", "prompts", "group", "rewards", "beta", "lr", "seed")
     plain = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in config.items()}
     about = " · ".join(f"{k} <b>{esc(plain[k])}</b>" for k in keys if k in plain)
     if not summary.get("after"):
         last = f"step {show(metrics[-1]['step'])}" if metrics else "the start"
-        about += f"</p><p>Not finished: no summary.json yet. This is the run as of {last}."
-    parts = [("Curves", "A dot is a step, the line their local mean, the number its last value. "
-              "Dots on the edge may lie beyond it.", curves(metrics)),
-             ("The same questions as it learns", "Answered greedily: no random choice.",
-              probes(folder, probed))]  # fmt: skip
+        about += f"</p><p>Not finished, without a summary.json: the run as of {last}."
+    parts = [("Curves", "A dot is a step, or lies beyond the edge that it is on; the line is their "
+              "local mean, the number its last value.", curves(metrics)),
+             ("The same questions as it learns", "Answered greedily.", probes(folder, probed))]
     for step in spread(list(dict.fromkeys(row["step"] for row in logged)), STEPS):
         groups = [group(folder, row) for row in logged if row["step"] == step][:GROUPS]
-        parts.append((f"Samples of step {show(step)}", "Each prompt's completions, highest advantage "
-                      "first: ▲ is made likelier, ▼ less likely.", "".join(groups)))
+        parts.append((f"Samples of step {show(step)}", "By advantage: ▲ is made likelier, ▼ less "
+                      "likely.", "".join(groups)))  # fmt: skip
     body = "".join(f"<section><h2>{title}</h2><p>{text}</p>{found or '<p>Nothing was logged.</p>'}"
                    "</section>" for title, text, found in parts)  # fmt: skip
     return PAGE.format(name=esc(folder.resolve().name), style=STYLE, about=about, body=body,
@@ -331,52 +307,44 @@ def write(folder) -> Path:
 
 
 PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{style}</style>
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"></head>
-<body><main><h1>{name}</h1><p>{about}</p>{table}{body}
-<section><details><summary>config.json</summary><pre>{config}</pre></details></section>
-</main></body></html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src
+'unsafe-inline'"><link rel="icon" href="data:,"><title>{name}</title><style>{style}</style></head>
+<body><main><h1>{name}</h1><p>{about}</p>{table}{body}<section><details><summary>config.json
+</summary><pre>{config}</pre></details></section></main></body></html>
 """
 STYLE = """
-:root {color-scheme: light dark; --paper: #fbfaf7; --ink: #1d1c1a; --soft: #625d55;
-  --rule: #e0dbd1; --line: #1f5c99; --yes: #1b6b3a; --no: #a3341f}
-@media (prefers-color-scheme: dark) {:root {--paper: #15161a; --ink: #e8e4dc; --soft: #a8a298;
-  --rule: #34353c; --line: #7db4ec; --yes: #7fcf9b; --no: #f0957f}}
-* {box-sizing: border-box; margin: 0} ol {padding: 0} h3 {font-size: 1rem}
-body {max-width: 72rem; margin: auto; padding: 3rem 1rem; background: var(--paper);
-  color: var(--ink); font: 16px/1.5 Charter, Georgia, serif; overflow-wrap: anywhere}
-h1, h2, h3 {font-weight: 600; line-height: 1.25} h1 {font-size: 2rem; margin-bottom: .4rem}
-h2 {margin: 3.5rem 0 .4rem; padding-top: 1rem; border-top: 1px solid; font-size: 1.35rem}
-p, small, figcaption, summary {color: var(--soft)} p b {color: var(--ink)}
-svg, table, pre, ol p {font: 13px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums}
-pre {font-family: ui-monospace, monospace; white-space: pre-wrap} pre i {color: var(--soft)}
-table {width: 100%; margin-top: 1.5rem; border-collapse: collapse; text-align: left}
-th, td {padding: .4rem .5rem .4rem 0; border-bottom: 1px solid var(--rule)}
-td svg {width: 8rem} .before circle {fill: var(--paper); stroke: var(--line)}
-svg {display: block; fill: var(--soft); font-size: 11px} circle {fill: var(--line)}
-path {fill: none} .grid {stroke: var(--rule)} .line {stroke: var(--line); stroke-width: 2}
-.dots {stroke: var(--line); stroke-width: 3; stroke-linecap: round; opacity: .25}
-.band {fill: var(--line); opacity: .15} .limit {stroke: var(--no); stroke-dasharray: 4 3}
-rect {fill: transparent} rect:hover {fill: var(--ink); opacity: .12}
-.curves {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr));
-  gap: 2rem 2.5rem; margin-top: 1.5rem} .curves h3 {display: flex; justify-content: space-between}
-figcaption {font-size: 14px; line-height: 1.4} article {margin: 2rem 0 3rem}
-img {display: block; max-width: 100%; height: auto; margin-bottom: .6rem}
-.pixels {image-rendering: pixelated} .yes {color: var(--yes)} .no {color: var(--no)}
-li {display: block; padding: .4rem .7rem; border-left: 3px solid var(--rule); margin-bottom: .3rem}
-.up {border-color: var(--yes)} .down {border-color: var(--no)}
-@media (min-width: 52rem) {article {display: grid; grid-template-columns: 15rem 1fr; gap: 2rem}
-  li {display: grid; grid-template-columns: 12rem 1fr; gap: 1rem}}
-@media (max-width: 40rem) {small {display: block} td:nth-child(3), th:nth-child(3) {display: none}}
+:root {color-scheme: light dark; --paper: #fbfaf7; --ink: #1d1c1a; --soft: #625d55; --rule: #e0dbd1;
+--line: #1f5c99; --yes: #1b6b3a; --no: #a3341f} @media (prefers-color-scheme: dark) {:root {
+--paper: #15161a; --ink: #e8e4dc; --soft: #a8a298; --rule: #34353c; --line: #7db4ec; --yes: #7fcf9b;
+--no: #f0957f}} * {box-sizing: border-box; margin: 0} body {max-width: 72rem; padding: 3rem 1rem;
+margin: auto; background: var(--paper); color: var(--ink); font: 16px/1.5 Charter, Georgia, serif;
+overflow-wrap: anywhere} h1, h2, h3 {font-weight: 600; line-height: 1.25} h1 {font-size: 2rem} h2
+{margin: 3rem 0 .4rem; padding-top: 1rem; border-top: 1px solid; font-size: 1.35rem} h3 {font-size:
+1rem} p, small, figcaption, summary {color: var(--soft)} p b {color: var(--ink)} p, figcaption,
+summary {font-size: 14px} pre i {color: var(--soft)} svg, table, pre, ol p {font: 13px/1.5
+system-ui, sans-serif; font-variant-numeric: tabular-nums} pre {white-space: pre-wrap; font-family:
+ui-monospace, monospace} table {width: 100%; margin: 1.5rem 0; border-collapse: collapse} td {
+white-space: nowrap} th, td {padding: .25rem .5rem .25rem 0; text-align: left} td svg {width: 9rem}
+thead {overflow-wrap: normal} thead th, .after td, .after th {border-bottom: 1px solid var(--rule)}
+svg {display: block; overflow: visible; fill: var(--soft); font-size: 11px} circle, .band {fill:
+var(--line)} path {fill: none} .grid {stroke: var(--rule)} .line, .dots, .before circle {stroke:
+var(--line); stroke-width: 2} .before circle {fill: var(--paper)} .band {opacity: .15} .dots {
+stroke-width: 3; stroke-linecap: round; opacity: .25} rect {opacity: 0} rect:hover {opacity: .15}
+.curves {display: grid; gap: 2rem 2.5rem; margin: 1.5rem 0; grid-template-columns: repeat(auto-fill,
+minmax(min(100%, 19rem), 1fr))} .curves h3 {display: flex; justify-content: space-between} img
+{display: block; max-width: 100%; height: auto; margin-bottom: .6rem} article {margin: 2rem 0}
+.pixels {image-rendering: pixelated} .yes {color: var(--yes)} .no {color: var(--no)} ol {padding: 0}
+li {display: block; padding: .3rem .7rem; border-left: 3px solid var(--rule); margin-bottom: 2px}
+.up {border-color: var(--yes)} .down {border-color: var(--no)} @media (min-width: 52rem) {article,
+li {display: grid; grid-template-columns: 15rem 1fr; gap: 2rem} li {gap: 1rem}} ol span
+{white-space: nowrap} @media (max-width: 40rem) {small {display: block} tr > :nth-child(3), tr >
+:last-child {display: none} tbody th { min-width: 4.5rem}}
 """
 
 
 def main() -> None:
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        raise SystemExit(__doc__)
-    print(write(sys.argv[1]))
+    print(write(sys.argv[1]) if len(sys.argv) == 2 else __doc__)
 
 
 if __name__ == "__main__":

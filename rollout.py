@@ -77,10 +77,10 @@ def nucleus(logits: Tensor, top_p: float, top_k: int) -> Tensor:
 
 def draw(logits: Tensor, u: Tensor) -> Tensor:
     """Token ids (N,) by inverting the cumulative distribution at uniforms u (N,) in [0, 1)."""
-    total = logits.softmax(-1).cumsum(-1)
-    # Below the total by one step, so that rounding never lands on a token of probability 0.
-    point = u[:, None] * total[:, -1:].nextafter(torch.zeros_like(u[:, None]))
-    return torch.searchsorted(total, point, right=True)[:, 0]
+    # float64: a parallel float32 sum may rise by rounding where the probability is 0, and u times
+    # the whole could round up to the whole.
+    total = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0]
 
 
 # -------------------------------------------------------------------------------------- sampling
@@ -219,7 +219,7 @@ def leave(finished, cache, token, groups, rows, position):
     width = int(live.sum(1).max())
     if len(stay) * width > 0.75 * live.numel():
         return token, groups, rows, position
-    order = live[stay].int().argsort(1, descending=True, stable=True)[:, :width]
+    order = live[stay].int().argsort(dim=1, descending=True, stable=True)[:, :width]
     cache.keep(stay, order)
     token, rows = (x[stay].gather(1, order) for x in (token, rows))
     return token, groups[stay], rows, position[stay]

@@ -317,7 +317,8 @@ def main(argv=None) -> None:
     out = Path(cfg.out)
     if (out / "config.json").exists():
         raise SystemExit(f"error: --out {out}: a checkpoint is there already; remove it first")
-    work = out.with_name(out.name + ".build")
+    torch.set_num_threads(1)  # one core trains, one draws; and sums keep their order
+    work = out.with_name(out.name + ".build")  # an eye that is there already is used again
     ids = make_tokenizer(work, corpus(cfg.seed))
     write_json(PREPROCESSOR, work / "preprocessor_config.json")
     ends = {"bos_token_id": ids["<|endoftext|>"], "pad_token_id": ids["<|endoftext|>"],
@@ -328,8 +329,11 @@ def main(argv=None) -> None:
     write_json(raw, work / "config.json")
     model = Qwen2VL(ModelConfig.from_dict(raw)).init_weights(cfg.seed)
     processor = Processor.from_pretrained(work, "{Question}")
-    print(f"eye: counts {train_eye(model, cfg):.3f} of fresh varied scenes right")
-    save_checkpoint(model, processor, work / "eye")
+    if (work / "eye").exists():
+        model = Qwen2VL.from_pretrained(work / "eye")
+    else:
+        print(f"eye: counts {train_eye(model, cfg):.3f} of fresh varied scenes right")
+        save_checkpoint(model, processor, work / "eye")
     model.visual.requires_grad_(False)  # the teacher's flaw is in what is said, not in the eye
     rows = instruct_rows(cfg.instruct_steps * 16, cfg.seed, cfg.overlook)
     stage = SFTConfig(steps=cfg.instruct_steps, optimizer="muon", lr=cfg.instruct_lr, seed=cfg.seed)

@@ -94,6 +94,7 @@ def test_formats_whose_decoder_runs_another_program_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "bmp", "gif", "tiff", "ppm"])
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
 def test_a_file_cut_short_anywhere_is_refused_and_never_crashes(tmp_path, kind):
     path = tmp_path / f"a.{kind}"
     picture(60, 60).save(path)
@@ -229,7 +230,8 @@ def test_bad_rows_can_be_left_out_and_are_then_counted_and_listed(tmp_path, caps
 
 def test_of_many_bad_rows_twenty_are_listed_and_all_are_counted(tmp_path):
     told = refused(write(tmp_path, *["broken"] * 25))
-    assert "25 of 25" in told and told.count("train.jsonl:") == 20 and "and 5 more" in told
+    assert "25 of 25" in told and told.endswith("\n  and 5 more")
+    assert "train.jsonl:20: " in told and "train.jsonl:21: " not in told
 
 
 def test_a_file_without_a_good_row_is_refused_even_when_bad_ones_are_left_out(tmp_path):
@@ -251,7 +253,8 @@ def test_a_world_gives_questions_with_their_exact_answers(cache):
     scenes = world.make_scenes(12, "A", 7, objects=(2, 4))
     assert [e.solution for e in found] == [str(len(scene["objects"])) for scene in scenes]
     assert [e.row for e in found] == [f"world:A#{i}" for i in range(12)]
-    assert {e.task for e in found} == {"count"} and "How many" in found[0].problem + found[1].problem
+    assert {e.task for e in found} == {"count"}
+    assert all(" are " in e.problem and e.problem.endswith(" image?") for e in found)
     pixels = world.render(scenes)
     assert all(np.array_equal(e.images[0], p) for e, p in zip(found, pixels))
 

@@ -1,0 +1,156 @@
+"""Control runs: what else could have made the tiny model better than GRPO's verifier did?
+
+    python controls.py                 # `make controls`: three seeds, about 25 minutes on 2 cores
+    python controls.py --plot_only     # the picture again, from bench/controls.json
+
+Every run starts from the same checkpoint and sees the same images as recipes/tiny.toml:
+
+    start         no training
+    flawed SFT    more of the flawed teacher who taught the start
+    format only   GRPO with the format reward alone
+    GRPO          recipes/tiny.toml
+    clean SFT     a teacher who sees everything and always answers in format: the upper bound
+"""
+
+import json
+import platform
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import grpo
+from config import opt, parse, read
+from data import Processor
+from journal import save_checkpoint, write_json
+from model import Qwen2VL
+from rows import load_examples
+from sft import Config as SFTConfig
+from sft import fit
+from tiny import STYLES, taught_answer
+
+COLOURS = {"start": "#9a9a9a", "flawed SFT": "#c58b3b", "format only": "#8064a2",
+           "GRPO": "#1f6fb4", "clean SFT": "#4b9b5f"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """Keys of `python controls.py`."""
+
+    recipe: str = opt("recipes/tiny.toml", "the run that is controlled")
+    seeds: int = opt(3, "seeds 0 ... n-1 of each kind of run", least=1)
+    out: str = opt("bench/controls.json", "results")
+    picture: str = opt("docs/controls.png", "the plot of them")
+    overlook: float = opt(0.22, "the flawed teacher's, as in tiny.py", least=0)
+    plot_only: bool = opt(False, "draw the picture of the results that are there")
+
+
+def run_sft(cfg, run: grpo.Config, evals: dict, overlook: float, styles, out: Path) -> dict:
+    """SFT of the start on the rows of the run, one pass, by a teacher; its evaluation."""
+    model = Qwen2VL.from_pretrained(run.model)
+    processor = Processor.from_pretrained(run.model, run.template)
+    rng = np.random.default_rng((run.seed, 5))
+    examples = load_examples(run.data, run.images, part="train")
+    rows = [(e, taught_answer(e.extra["scene"], e.extra, overlook, rng, styles)) for e in examples]
+    stage = SFTConfig(steps=run.steps, batch=run.prompts, micro=run.prompts, seed=run.seed,
+                      optimizer=run.optimizer, lr=run.lr, schedule=run.schedule, warmup=run.warmup)
+    fit(model, processor, rows, stage, title=out.name)
+    save_checkpoint(model, processor, out / f"step_{run.steps:06d}")
+    return grpo.evaluate_all(model, processor, evals, run, out, "after")
+
+
+def run_all(cfg: Config) -> dict:
+    """Results of every run: {kind: {eval: [summary of each seed]}}, curves: {kind: [[...]]}."""
+    found, curves = {}, {}
+    for seed in range(cfg.seeds):
+        base = read(grpo.Config, [cfg.recipe, "--seed", str(seed)])
+        evals = {k: load_examples(v, part="test") for k, v in (e.split("=", 1) for e in base.evals)}
+        folder = Path("runs/controls")
+        kinds = {
+            "GRPO": [],
+            "format only": ["--rewards", "format", "--reward_weights", "1"],
+        }
+        after = {}
+        for kind, extra in kinds.items():
+            out = folder / f"{kind.replace(' ', '_')}_{seed}"
+            words = [cfg.recipe, "--seed", str(seed), "--out", str(out), *extra]
+            summary = grpo.train(read(grpo.Config, words))
+            after[kind], after["start"] = summary["after"], summary["before"]
+            lines = (out / "metrics.jsonl").read_text().splitlines()
+            curves.setdefault(kind, []).append([json.loads(x) for x in lines])
+        sft = partial(run_sft, cfg, base, evals)
+        after["flawed SFT"] = sft(cfg.overlook, STYLES, folder / f"flawed_sft_{seed}")
+        after["clean SFT"] = sft(0.0, STYLES[:2], folder / f"clean_sft_{seed}")
+        for kind, results in after.items():
+            for name, summary in results.items():
+                found.setdefault(kind, {}).setdefault(name, []).append(summary)
+    keys = ("step", "reward/accuracy", "reward/format", "length/mean", "entropy")
+    thin = {k: [[{q: r[q] for q in keys if q in r} for r in c] for c in v] for k, v in curves.items()}
+    return {"recipe": cfg.recipe, "seeds": cfg.seeds, "torch": torch.__version__,
+            "python": platform.python_version(), "results": found, "curves": thin}  # fmt: skip
+
+
+def show(found: dict) -> str:
+    """A Markdown table: greedy accuracy, mean over seeds, lowest and highest beside it."""
+    kinds = [k for k in COLOURS if k in found["results"]]
+    names = list(found["results"][kinds[0]])
+    lines = ["| | " + " | ".join(names) + " | format on A |", "|---" * (len(names) + 2) + "|"]
+    for kind in kinds:
+        cells = []
+        for name in names:
+            x = [s["accuracy"] for s in found["results"][kind][name]]
+            spread = f" ({min(x):.3f}-{max(x):.3f})" if max(x) > min(x) else ""
+            cells.append(f"{np.mean(x):.3f}{spread}")
+        form = np.mean([s["format"] for s in found["results"][kind][names[0]]])
+        lines.append(f"| {kind} | " + " | ".join(cells) + f" | {form:.2f} |")
+    return "\n".join(lines)
+
+
+def plot(found: dict, path: str) -> None:
+    """Left: sampled accuracy while GRPO trains, a line per seed. Right: greedy accuracy after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=(1, 1.9))
+    for kind, runs in found["curves"].items():
+        for i, run in enumerate(runs):
+            steps = [r["step"] for r in run]
+            share = [r.get("reward/accuracy", np.nan) for r in run]
+            left.plot(steps, share, color=COLOURS[kind], lw=1, alpha=0.8,
+                      label=kind if i == 0 and np.isfinite(share[0]) else None)  # fmt: skip
+    left.set(xlabel="step", ylabel="sampled accuracy on A", ylim=(0, 1))
+    kinds = [k for k in COLOURS if k in found["results"]]
+    names = list(found["results"][kinds[0]])
+    for i, kind in enumerate(kinds):
+        x = np.arange(len(names)) + (i - (len(kinds) - 1) / 2) * 0.16
+        values = np.array([[s["accuracy"] for s in found["results"][kind][n]] for n in names])
+        right.bar(x, values.mean(1), 0.15, color=COLOURS[kind], label=kind)
+        for j in range(values.shape[1]):
+            right.plot(x, values[:, j], ".", color="black", ms=2.5)
+    right.set_xticks(range(len(names)), names)
+    right.set(ylabel="greedy accuracy, held-out", ylim=(0, 1))
+    right.legend(ncols=len(kinds), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.14),
+                 frameon=False)
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", alpha=0.25)
+    fig.tight_layout()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=130)
+
+
+def main(argv=None) -> None:
+    cfg = parse(Config, argv, __doc__)
+    if not cfg.plot_only:
+        write_json(run_all(cfg), cfg.out)
+    found = json.loads(Path(cfg.out).read_text())
+    print(show(found))
+    plot(found, cfg.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,782 @@
+"""grpo.py, chapter two: every formula on numbers done by hand, then the whole step against a naive
+twin, then runs that learn.
+
+The twin is GRPO as the papers print it, in loops over sequences and tokens: prompt and image are
+repeated for every completion, batches are padded, logits are full, the model is transformers' own.
+
+Letters as in grpo.py: B prompts, G completions per prompt, T completion tokens.
+"""
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_checkpoint import make_checkpoint
+from torch import Tensor
+from transformers import Qwen2VLForConditionalGeneration
+
+from config import parse, validate
+from data import Processor
+from grpo import (
+    Config,
+    clipped_loss,
+    group_advantages,
+    has_signal,
+    importance_ratio,
+    k3,
+    main,
+    reward_table,
+    sample_batch,
+    sample_groups,
+    step_metrics,
+    token_weights,
+    total_reward,
+    train,
+    update,
+)
+from model import Qwen2VL, hub_name
+from optim import draw_rows, make_optimizers
+from rewards import load_rewards
+from rollout import Rollout, as_rollout, score
+from rows import Example
+
+NAN = math.nan
+
+
+def close(found: Tensor, expected, tolerance: float = 1e-6) -> bool:
+    expected = torch.as_tensor(expected, dtype=found.dtype)
+    return found.shape == expected.shape and torch.allclose(
+        found, expected, rtol=0, atol=tolerance, equal_nan=True
+    )
+
+
+def column(*values) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+# -------------------------------------------------------------------------------------- advantages
+
+
+def test_advantage_is_the_distance_from_the_mean_in_standard_deviations():
+    """A_i = (r_i - mean) / (std + 1e-4). Of 1, 2, 3, 6: mean 3, unbiased variance (4+1+0+9)/3."""
+    std = math.sqrt(14 / 3)
+    found = group_advantages(column([1, 2, 3, 6]))
+    assert close(found, [[x / (std + 1e-4) for x in (-2, -1, 0, 3)]])
+
+
+def test_the_standard_deviation_is_the_unbiased_one():
+    """Of 0, 1 it is sqrt(1/2), not 1/2: the advantages are -+ 0.707, not -+ 1."""
+    assert close(group_advantages(column([0, 1])), [[-math.sqrt(0.5), math.sqrt(0.5)]], 2e-4)
+
+
+def test_1e_4_is_added_to_the_standard_deviation():
+    """Rewards 0 and 0.0002: std 0.0001414, so A = 0.0001 / 0.0002414 = 0.414, not 0.707."""
+    found = group_advantages(column([0, 2e-4]))
+    assert close(found, [[-0.41421, 0.41421]], 1e-4)
+    assert close(group_advantages(column([0, 2e-4]), eps=0.0), [[-0.70711, 0.70711]], 1e-4)
+
+
+def test_center_does_not_divide():
+    """Dr. GRPO: A_i = r_i - mean."""
+    assert close(group_advantages(column([1, 2, 3, 6]), "center"), [[-2, -1, 0, 3]])
+
+
+def test_loo_compares_with_the_mean_of_the_others():
+    """RLOO: A_i = r_i - mean_{j != i} r_j. For 1 of 1, 2, 3, 6: 1 - 11/3."""
+    found = group_advantages(column([1, 2, 3, 6]), "loo")
+    assert close(found, [[1 - 11 / 3, 2 - 10 / 3, 3 - 9 / 3, 6 - 6 / 3]])
+
+
+@pytest.mark.parametrize("kind", ["group", "center", "loo"])
+def test_each_group_has_a_baseline_of_its_own(kind):
+    first, second = column([1, 2, 3, 6]), column([0, 0, 8, 0])
+    both = group_advantages(torch.cat((first, second)), kind)
+    assert close(both, torch.cat((group_advantages(first, kind), group_advantages(second, kind))))
+    assert not close(both[:1], both[1:].tolist(), 0.1)
+
+
+@pytest.mark.parametrize("kind", ["group", "center", "loo"])
+def test_equal_rewards_give_zero_advantage(kind):
+    assert close(group_advantages(column([1, 1, 1], [0.25, 0.25, 0.25], [0, 0, 0]), kind),
+                 torch.zeros(3, 3).tolist())
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("group", [-1 / (math.sqrt(2) + 1e-4), 0, 1 / (math.sqrt(2) + 1e-4), 0]),
+        ("center", [-1, 0, 1, 0]),
+        ("loo", [-2, 0, 2, 0]),
+    ],
+)
+def test_a_completion_without_reward_is_out_of_the_baseline_and_gets_zero(kind, expected):
+    """1, NaN, 3, NaN is the group 1, 3: mean 2, unbiased std sqrt(2)."""
+    assert close(group_advantages(column([1, NAN, 3, NAN]), kind), [expected])
+
+
+@pytest.mark.parametrize("kind", ["group", "center", "loo"])
+def test_one_reward_or_none_in_a_group_gives_zero(kind):
+    """There is nothing to compare with: no NaN, no division by 0."""
+    found = group_advantages(column([NAN, 5, NAN], [NAN, NAN, NAN]), kind)
+    assert close(found, torch.zeros(2, 3).tolist())
+
+
+def test_advantages_leave_the_rewards_as_they_were():
+    rewards = column([1, NAN, 3])
+    group_advantages(rewards)
+    assert close(rewards, [[1, NAN, 3]])
+
+
+# ----------------------------------------------------------------------------- ratio, clip, KL
+
+
+LOGP = torch.tensor([[[0.3, -0.2, 0.5], [0.1, 9.0, 9.0]]])  # (1, 2, 3)
+OLD = torch.tensor([[[0.1, 0.0, 0.2], [0.3, 0.0, 0.0]]])
+MASK = torch.tensor([[[True, True, True], [True, False, False]]])
+
+
+def test_the_ratio_of_a_token_is_pi_over_pi_old():
+    """r_t = exp(logp_t - old_t); 1 where there is no token."""
+    found = importance_ratio(LOGP, OLD, MASK, "token")
+    expected = [[[math.exp(0.2), math.exp(-0.2), math.exp(0.3)], [math.exp(-0.2), 1, 1]]]
+    assert close(found, expected)
+
+
+def test_the_ratio_of_a_sequence_is_the_geometric_mean():
+    """GSPO: r = exp(1/|o| sum_t (logp_t - old_t)); masked tokens are neither summed nor counted."""
+    found = importance_ratio(LOGP, OLD, MASK, "sequence")
+    assert close(found, [[[math.exp((0.2 - 0.2 + 0.3) / 3)], [math.exp(-0.2)]]])
+
+
+def test_the_ratio_of_an_empty_sequence_is_one():
+    none = torch.zeros_like(MASK)
+    assert close(importance_ratio(LOGP, OLD, none, "sequence"), [[[1.0], [1.0]]])
+
+
+# ratio, advantage, -min(r A, clip(r, 0.8, 1.3) A), its derivative by r
+CLIP = [
+    (1.0, 2.0, -2.0, -2.0),
+    (1.2, 2.0, -2.4, -2.0),  # above 1.2 with clip_high 0.3: still inside
+    (1.5, 2.0, -2.6, 0.0),  # 1.3 * 2: better than wanted already, no gradient
+    (0.5, 2.0, -1.0, -2.0),  # a good one that got rare: not clipped
+    (1.0, -2.0, 2.0, 2.0),
+    (0.5, -2.0, 1.6, 0.0),  # 0.8 * 2: rare enough already, no gradient
+    (1.5, -2.0, 3.0, 2.0),  # a bad one that got frequent: not clipped
+    (0.75, -2.0, 1.6, 0.0),
+    (0.85, -2.0, 1.7, 2.0),
+    (1.5, 0.0, 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize(("ratio", "adv", "loss", "slope"), CLIP)
+def test_the_clipped_loss_by_hand(ratio, adv, loss, slope):
+    """-min(r A, clip(r, 1 - 0.2, 1 + 0.3) A): the gradient is 0 exactly where the clip binds."""
+    r = torch.tensor([[[ratio]]], requires_grad=True)
+    found = clipped_loss(r, torch.tensor([[[adv]]]), clip_low=0.2, clip_high=0.3)
+    (gradient,) = torch.autograd.grad(found.sum(), r)
+    assert (found.item(), gradient.item()) == pytest.approx((loss, slope))
+
+
+def test_one_advantage_serves_all_tokens_of_its_completion():
+    ratio = torch.ones(2, 2, 3)
+    adv = torch.tensor([[1.0, 2.0], [3.0, 4.0]])[..., None]
+    expected = [[[-1.0] * 3, [-2.0] * 3], [[-3.0] * 3, [-4.0] * 3]]
+    assert close(clipped_loss(ratio, adv, 0.2, 0.2), expected)
+    assert close(clipped_loss(ratio[..., :1], adv, 0.2, 0.2), [[[-1], [-2]], [[-3], [-4]]])
+
+
+def test_k3_by_hand():
+    """k3 = ref/pi - log(ref/pi) - 1. For ref/pi = 2: 2 - 0.693 - 1; for 1/2: 0.5 + 0.693 - 1."""
+    logp = torch.tensor([math.log(0.2), math.log(0.4), math.log(0.3)])
+    ref = torch.tensor([math.log(0.4), math.log(0.2), math.log(0.3)])
+    assert close(k3(logp, ref), [1 - math.log(2), math.log(2) - 0.5, 0.0])
+
+
+def test_k3_is_never_negative():
+    logp, ref = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
+    assert k3(logp, ref).min() >= 0
+    assert k3(logp, ref).max() > 1
+
+
+def test_k3_pulls_towards_the_reference():
+    """d k3 / d logp = 1 - ref/pi: 0 at the reference, up (-) where too rare, down (+) where not."""
+    logp = torch.tensor([math.log(0.2), math.log(0.4), math.log(0.3)], requires_grad=True)
+    ref = torch.tensor([math.log(0.4), math.log(0.2), math.log(0.3)])
+    (gradient,) = torch.autograd.grad(k3(logp, ref).sum(), logp)
+    assert close(gradient, [1 - 2, 1 - 0.5, 0.0])
+
+
+def test_k3_is_an_unbiased_estimate_of_the_kl():
+    """E_pi[k3] = KL(pi || ref) = 0.5 log(0.5/0.2) + 0.3 log(0.3/0.3) + 0.2 log(0.2/0.5)."""
+    pi, ref = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
+    mean = (pi * k3(pi.log(), ref.log())).sum()
+    assert mean.item() == pytest.approx(0.3 * math.log(2.5))
+
+
+# ---------------------------------------------------------------------------------- token weights
+
+LENGTHS = torch.tensor([[1, 3], [2, 0]])  # B = G = 2; the last is empty or masked
+TOKENS = torch.arange(4) < LENGTHS[..., None]  # (2, 2, 4)
+
+
+def weights_of(mean: str, mask: Tensor = TOKENS) -> list:
+    return token_weights(mask, mean, sequences=4, max_new=4).tolist()
+
+
+def test_sequence_mean_weighs_completions_alike():
+    """GRPO: 1 / (|o_i| 4 sequences)."""
+    assert weights_of("sequence") == [
+        [[1 / 4, 0, 0, 0], pytest.approx([1 / 12, 1 / 12, 1 / 12, 0])],
+        [[1 / 8, 1 / 8, 0, 0], [0, 0, 0, 0]],
+    ]
+
+
+def test_token_mean_weighs_tokens_alike():
+    """DAPO: 1 / 6 tokens."""
+    w = pytest.approx(1 / 6)
+    assert weights_of("token") == [[[w, 0, 0, 0], [w, w, w, 0]], [[w, w, 0, 0], [0, 0, 0, 0]]]
+
+
+def test_constant_mean_weighs_tokens_by_what_could_have_been():
+    """Dr. GRPO: 1 / (4 sequences x 4 tokens at most)."""
+    w = 1 / 16
+    assert weights_of("constant") == [[[w, 0, 0, 0], [w, w, w, 0]], [[w, w, 0, 0], [0, 0, 0, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("mean", "total"), [("sequence", 3 / 4), ("token", 1.0), ("constant", 6 / 16)]
+)
+def test_weights_sum_to_what_the_mean_says(mean, total):
+    """A masked completion stays in the denominator of sequence and constant, not of token."""
+    assert token_weights(TOKENS, mean, 4, 4).sum().item() == pytest.approx(total)
+
+
+@pytest.mark.parametrize("mean", ["sequence", "token", "constant"])
+def test_nothing_to_learn_from_gives_zero_weights(mean):
+    assert weights_of(mean, torch.zeros_like(TOKENS)) == torch.zeros(2, 2, 4).tolist()
+
+
+# --------------------------------------------------------------------------- rewards and signal
+
+
+def words(text: str, example: Example) -> float:
+    """1 if the text is the example's solution."""
+    return float(text == example.solution)
+
+
+def length(text: str, example: Example) -> float | None:
+    """Characters; None for no text, so that there is a completion without reward."""
+    return float(len(text)) or None
+
+
+def texts_only(texts: list[list[str]], solutions: list[str], processor) -> Rollout:
+    prompts = [processor.prompt(Example("What?", s)) for s in solutions]
+    out = as_rollout(prompts, [[[1]] * len(row) for row in texts])
+    return replace(out, texts=texts)
+
+
+def test_each_text_meets_the_example_of_its_own_prompt(processor):
+    """Rewards (R, B, G). Were the solutions shifted or repeated block-wise, row 2 would be 1, 0."""
+    rollout = texts_only([["a", "b", "a"], ["b", "a", "b"]], ["a", "b"], processor)
+    table = reward_table(rollout, [("words", words, 1.0), ("length", length, 1.0)])
+    assert table.tolist() == [[[1, 0, 1], [1, 0, 1]], [[1, 1, 1], [1, 1, 1]]]
+
+
+def test_no_reward_is_nan_in_the_table(processor):
+    rollout = texts_only([["abc", ""]], ["a"], processor)
+    table = reward_table(rollout, [("words", words, 1.0), ("length", length, 1.0)])
+    assert close(table, [[[0, 0]], [[3, NAN]]])
+
+
+def test_total_reward_is_the_weighted_sum_of_the_rewards_there_are():
+    """2 a + 0.5 b; b alone where a is missing; NaN, not 0, where both are."""
+    table = torch.tensor([[[1.0, NAN, NAN, 3.0]], [[4.0, 4.0, NAN, NAN]]])
+    rewards = [("a", words, 2.0), ("b", length, 0.5)]
+    assert close(total_reward(table, rewards), [[4.0, 2.0, NAN, 6.0]])
+
+
+def test_a_group_has_signal_if_two_of_its_rewards_differ():
+    rewards = column([1, 1, 1], [1, 0, 1], [NAN, 2, 2], [NAN, 2, 3], [NAN, NAN, 5], [NAN] * 3)
+    assert has_signal(rewards).tolist() == [False, True, False, True, False, False]
+
+
+# --------------------------------------------------------------------------------- the naive twin
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def far(folder, tmp_path_factory):
+    """A checkpoint some way off, for a reference whose KL is not 0."""
+    hf = Qwen2VLForConditionalGeneration.from_pretrained(folder)
+    gen = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in hf.parameters():
+            p.add_(0.1 * p.std() * torch.randn(p.shape, generator=gen))
+    out = tmp_path_factory.mktemp("far")
+    hf.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return Processor.from_pretrained(folder, template="{Question}")
+
+
+@pytest.fixture
+def qwen(folder):
+    return Qwen2VL.from_pretrained(folder)
+
+
+def picture(seed: int, height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+EXAMPLES = [  # prompts of unequal length with images of unequal size and number
+    Example("How many?", "3", (picture(0, 56, 84),)),
+    Example("How many?", "5", (picture(1, 56, 84),)),
+    Example("one, two, three", "four"),
+    Example("What color?", "red", (picture(2, 84, 56), picture(3, 56, 56))),
+]
+ADV = torch.tensor([[1.2, -0.7, -0.5], [-1.0, 0.1, 0.9], [0.8, 0.3, -1.1], [-0.6, -0.6, 1.2]])
+
+
+@pytest.fixture(scope="module")
+def rollout(processor, folder):
+    """4 prompts x 3 completions of 1 to 6 tokens; one of them was cut."""
+    gen = torch.Generator().manual_seed(0)
+    lengths = [[3, 5, 1], [2, 6, 4], [1, 1, 6], [4, 2, 3]]
+    targets = [[torch.randint(384, (n,), generator=gen).tolist() for n in row] for row in lengths]
+    out = as_rollout([processor.prompt(e) for e in EXAMPLES], targets)
+    out.finished[1, 1] = out.finished[2, 2] = False
+    with torch.no_grad():
+        out.logp = score(Qwen2VL.from_pretrained(folder), out, 0.7, processor.banned_ids)[0]
+    return out
+
+
+class Record(torch.optim.SGD):
+    """SGD that keeps the gradients of every step."""
+
+    def __init__(self, model, lr: float):
+        super().__init__(model.parameters(), lr=lr)
+        self.model, self.seen = model, []
+
+    def step(self):
+        named = self.model.named_parameters()
+        self.seen.append({hub_name(n): p.grad.clone() for n, p in named if p.grad is not None})
+        super().step()
+
+
+def keys(**changes) -> Config:
+    """Settings that hide nothing: no clipping of the gradient, a temperature that is not 1."""
+    plain = {"max_new": 6, "temperature": 0.7, "max_grad_norm": 1e9, "clip_low": 0.1,
+             "clip_high": 0.15, "beta": 0.0, "group": 3, "prompts": 4}  # fmt: skip
+    return Config(**{**plain, **changes})
+
+
+def naive_logp(hf, rollout: Rollout, processor, temperature: float) -> list[Tensor]:
+    """log pi(o_t | prompt, image, o_<t) of the N = B * G completions, each a row with a prompt and
+    images of its own in a padded batch."""
+    G = rollout.ids.shape[1]
+    prompts = [p for p in rollout.prompts for _ in range(G)]
+    answers = [i[:n] for i, n in zip(rollout.ids.flatten(0, 1), rollout.lengths.flatten())]
+    width = max(len(p.ids) + len(a) for p, a in zip(prompts, answers))
+    ids, real = torch.zeros(2, len(prompts), width, dtype=torch.int64)
+    for i, (p, a) in enumerate(zip(prompts, answers)):
+        ids[i, : len(p.ids) + len(a)] = torch.cat((p.ids, a))
+        real[i, : len(p.ids) + len(a)] = 1
+    logits = hf(
+        input_ids=ids, attention_mask=real,
+        pixel_values=torch.cat([p.patches for p in prompts]),
+        image_grid_thw=torch.cat([p.grid for p in prompts]),
+        mm_token_type_ids=(ids == processor.image_id).long(),
+    ).logits / temperature  # fmt: skip
+    banned = torch.zeros(logits.shape[-1], dtype=torch.bool)
+    banned[processor.banned_ids] = True
+    logp = logits.masked_fill(banned, -torch.inf).log_softmax(-1)
+    return [
+        torch.stack([logp[i, len(p.ids) - 1 + t, a[t]] for t in range(len(a))])
+        for i, (p, a) in enumerate(zip(prompts, answers))
+    ]
+
+
+def naive_loss(logp, old, ref, adv, finished, cfg) -> tuple[Tensor, dict]:
+    """The GRPO loss of N completions, in loops, and the metrics that update() gives."""
+    losses, clipped = [], 0
+    learnt = [bool(f) or not cfg.mask_truncated for f in finished]
+    all_tokens = sum(len(l) for l, yes in zip(logp, learnt) if yes)
+    for i, A in enumerate(adv.tolist()):
+        own = []
+        for t in range(len(logp[i])):
+            ratio = torch.exp(logp[i][t] - old[i][t])
+            if cfg.ratio == "sequence":
+                ratio = torch.exp((logp[i] - old[i]).mean())
+            bounded = min(max(ratio.item(), 1 - cfg.clip_low), 1 + cfg.clip_high)
+            inside = bounded == ratio.item()
+            gain = torch.min(ratio * A, (ratio if inside else torch.tensor(bounded)) * A)
+            clipped += not inside and gain.item() == pytest.approx(bounded * A) and learnt[i]
+            kl = torch.exp(ref[i][t] - logp[i][t]) - (ref[i][t] - logp[i][t]) - 1 if ref else 0.0
+            own.append(-gain + cfg.beta * kl)
+        share = {"sequence": 1 / len(own) / len(adv), "token": 1 / max(1, all_tokens),
+                 "constant": 1 / len(adv) / cfg.max_new}[cfg.mean]  # fmt: skip
+        losses.append(sum(own) * share * learnt[i])
+    n = sum(len(l) for l in logp)
+    return sum(losses), {"clip_share": clipped / n}
+
+
+def naive_update(hf, reference, optimizer, rollout, adv, processor, cfg) -> dict:
+    """`updates_per_batch` steps of the twin; old and reference log-probs are taken before them."""
+    def logps(model):
+        return naive_logp(model, rollout, processor, cfg.temperature)
+
+    with torch.no_grad():
+        old, ref = logps(hf), logps(reference) if reference else None
+    for _ in range(cfg.updates_per_batch):
+        optimizer.zero_grad()
+        loss, metrics = naive_loss(
+            logps(hf), old, ref, adv.flatten(), rollout.finished.flatten(), cfg
+        )
+        loss.backward()
+        optimizer.step()
+    return {"loss": loss.item(), **metrics}
+
+
+def hf_model(folder) -> Qwen2VLForConditionalGeneration:
+    return Qwen2VLForConditionalGeneration.from_pretrained(folder).eval()
+
+
+def ours(folder, rollout, processor, cfg, adv=ADV, reference=None, lr=0.05):
+    """Gradients of each step, the last step's metrics, and the weights after, of update()."""
+    model = Qwen2VL.from_pretrained(folder)
+    sgd = Record(model, lr)
+    found = update(model, reference, [sgd], rollout, adv, processor.banned_ids, cfg)
+    return sgd.seen, found, dict(model.named_parameters())
+
+
+def twin(folder, rollout, processor, cfg, adv=ADV, reference=None, lr=0.05):
+    """The same of the naive twin."""
+    hf = hf_model(folder)
+    sgd = Record(hf, lr)
+    found = naive_update(hf, reference, sgd, rollout, adv, processor, cfg)
+    return sgd.seen, found
+
+
+def distance(a: dict, b: dict) -> float:
+    """The largest difference between two sets of gradients."""
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+# ------------------------------------------------------------------------ a step equals the twin
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("mean", ["sequence", "token", "constant"])
+def test_loss_and_gradient_are_those_of_the_naive_twin(mean, ratio, folder, rollout, processor):
+    """Two updates on one batch: in the second the ratios are not 1 and some are clipped. The
+    gradient is the same in micro-batches of 1, 2, 3 and all 4 prompts."""
+    cfg = keys(mean=mean, ratio=ratio, updates_per_batch=2)
+    expected, naive = twin(folder, rollout, processor, cfg)
+    assert 0 < naive["clip_share"] < 1
+    for micro in (1, 2, 3, 4):
+        seen, found, _ = ours(folder, rollout, processor, replace(cfg, micro_prompts=micro))
+        assert len(seen) == 2
+        for step in (0, 1):
+            assert distance(seen[step], expected[step]) < 1e-5, (micro, step)
+        assert found["loss"] == pytest.approx(naive["loss"], abs=1e-6)
+        assert found["clip_share"] == pytest.approx(naive["clip_share"])
+
+
+@pytest.mark.parametrize("mean", ["sequence", "token", "constant"])
+def test_the_kl_to_the_reference_is_in_the_gradient(mean, folder, far, rollout, processor):
+    """beta k3(pi || ref) beside the clipped term, with the same weights of tokens."""
+    cfg = keys(mean=mean, beta=0.3, micro_prompts=3)
+    expected, naive = twin(folder, rollout, processor, cfg, reference=hf_model(far))
+    reference = Qwen2VL.from_pretrained(far)
+    (with_kl,), found, _ = ours(folder, rollout, processor, cfg, reference=reference)
+    (without,), _, _ = ours(folder, rollout, processor, replace(cfg, beta=0.0))
+    assert distance(with_kl, expected[0]) < 1e-5
+    assert distance(with_kl, without) > 1e-2
+    assert found["loss"] == pytest.approx(naive["loss"], abs=1e-5)
+
+
+def test_the_kl_metric_is_the_mean_of_k3_over_all_tokens(folder, far, rollout, processor):
+    """And it is 0 where the reference is the policy itself."""
+    with torch.no_grad():
+        logp, ref = (
+            score(Qwen2VL.from_pretrained(f), rollout, 0.7, processor.banned_ids)[0][rollout.mask]
+            for f in (folder, far)
+        )
+    cfg = keys(beta=0.3, micro_prompts=3)
+    _, found, _ = ours(folder, rollout, processor, cfg, reference=Qwen2VL.from_pretrained(far))
+    assert found["kl"] == pytest.approx(k3(logp, ref).mean().item(), rel=1e-4)
+    assert found["kl"] > 0.01
+    _, found, _ = ours(folder, rollout, processor, cfg, reference=Qwen2VL.from_pretrained(folder))
+    assert found["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_reference_is_left_alone(folder, far, rollout, processor):
+    reference = Qwen2VL.from_pretrained(far)
+    ours(folder, rollout, processor, keys(beta=0.3), reference=reference)
+    assert all(p.grad is None for p in reference.parameters())
+
+
+@pytest.mark.parametrize("mean", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_truncated_completions_do_not_train_if_masked(mean, ratio, folder, rollout, processor):
+    """Their tokens are out of the loss; DAPO's denominator is then that of the others."""
+    cfg = keys(mean=mean, ratio=ratio, mask_truncated=True, updates_per_batch=2, micro_prompts=2)
+    expected, naive = twin(folder, rollout, processor, cfg)
+    seen, found, _ = ours(folder, rollout, processor, cfg)
+    for step in (0, 1):
+        assert distance(seen[step], expected[step]) < 1e-5
+    assert found["loss"] == pytest.approx(naive["loss"], abs=1e-6)
+    unmasked, _, _ = ours(folder, rollout, processor, replace(cfg, mask_truncated=False))
+    assert distance(seen[0], unmasked[0]) > 1e-2
+
+
+def test_a_batch_of_text_alone_trains_and_leaves_the_vision_tower(folder, processor):
+    prompts = [processor.prompt(Example(text, "1")) for text in ("one", "two red cubes")]
+    rollout = as_rollout(prompts, [[[7, 8], [9]], [[10], [11, 12, 13]]])
+    adv, cfg = torch.tensor([[1.0, -1.0], [0.5, -0.5]]), keys()
+    (seen,), found, _ = ours(folder, rollout, processor, cfg, adv)
+    assert found["grad_norm"] > 0.01
+    assert not any(name.startswith("visual") for name in seen)
+
+
+@pytest.mark.parametrize("fault", ["images swapped", "labels shifted", "sign", "groups swapped"])
+def test_the_comparison_sees_what_must_not_happen(fault, folder, rollout, processor):
+    """The twin with a fault of our peers gives another gradient, a thousand tolerances away."""
+    cfg, adv, prompts = keys(), ADV, list(rollout.prompts)
+    (seen,), _, _ = ours(folder, rollout, processor, cfg)
+    wrong = replace(rollout, prompts=prompts)
+    if fault == "images swapped":  # two pictures of one size, as in R1-V with a batch of 2
+        a, b = prompts[:2]
+        prompts[:2] = replace(a, patches=b.patches), replace(b, patches=a.patches)
+    elif fault == "labels shifted":
+        wrong.ids = rollout.ids.roll(1, -1)
+    elif fault == "sign":
+        adv = -ADV
+    else:
+        adv = ADV[[1, 0, 2, 3]]
+    (expected,), _ = twin(folder, wrong, processor, cfg, adv)
+    assert distance(seen, expected) > 1e-2
+
+
+# --------------------------------------------------------------------------- what a step amounts to
+
+
+def test_on_policy_the_gradient_is_the_policy_gradient(folder, rollout, processor):
+    """d loss = - sum_i,t w_it A_i d logp_it, although the loss is - sum w A, here - sum A / N = 0:
+    a loss of 0 says nothing about whether there is something to learn."""
+    adv = group_advantages(column([1, 2, 3], [0, 1, 1], [5, 1, 0], [1, 0, 0]))
+    (seen,), found, _ = ours(folder, rollout, processor, keys(), adv)
+    assert found["loss"] == pytest.approx(0, abs=1e-6)
+    assert found["grad_norm"] > 0.1
+    model = Qwen2VL.from_pretrained(folder)
+    logp, _ = score(model, rollout, 0.7, processor.banned_ids)
+    weights = rollout.mask / rollout.lengths[..., None] / 12
+    (-(weights * adv[..., None] * logp).sum()).backward()
+    expected = {hub_name(n): p.grad for n, p in model.named_parameters()}
+    assert distance(seen, expected) < 1e-5
+
+
+def test_after_a_step_the_better_completions_are_likelier_and_the_worse_rarer(
+    folder, rollout, processor
+):
+    """The sign of the loss, seen from outside: d log pi(o_i) has the sign of A_i."""
+    adv = torch.tensor([[1.0, -1.0, 0.0]] * 4)
+    _, _, weights = ours(folder, rollout, processor, keys(), adv, lr=0.02)
+    model = Qwen2VL.from_pretrained(folder)
+    with torch.no_grad():
+        before = score(model, rollout, 0.7, processor.banned_ids)[0].sum(-1)
+        model.load_state_dict({**dict(model.state_dict()), **weights})
+        after = score(model, rollout, 0.7, processor.banned_ids)[0].sum(-1)
+    assert ((after - before)[:, 0] > 0).all()
+    assert ((after - before)[:, 1] < 0).all()
+
+
+def test_one_update_is_the_first_of_two(folder, rollout, processor):
+    """With one update the old log-probs are the current ones, so no pass is made for them."""
+    (one,), _, _ = ours(folder, rollout, processor, keys())
+    two, _, _ = ours(folder, rollout, processor, keys(updates_per_batch=2))
+    assert distance(one, two[0]) < 1e-6
+    assert distance(one, two[1]) > 1e-2
+
+
+def test_a_group_without_advantage_changes_nothing(folder, rollout, processor):
+    (seen,), found, _ = ours(folder, rollout, processor, keys(), torch.zeros(4, 3))
+    assert all(not g.any() for g in seen.values())
+    assert (found["loss"], found["grad_norm"]) == (0, 0)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(updates, folder, rollout, processor):
+    adv = ADV.clone()
+    adv[2, 1] = NAN
+    model = Qwen2VL.from_pretrained(folder)
+    optimizers = make_optimizers(model, "muon", 1e-2)
+    before = copy.deepcopy(model.state_dict())
+    cfg = keys(updates_per_batch=updates)
+    found = update(model, None, optimizers, rollout, adv, processor.banned_ids, cfg)
+    assert (found["skipped"], found["grad_norm"]) == (updates, None)
+    assert math.isnan(found["loss"])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(o.state for o in optimizers)
+    found = update(model, None, optimizers, rollout, ADV, processor.banned_ids, cfg)
+    assert found["skipped"] == 0  # nothing of the bad step is left
+    assert all(v.isfinite().all() for v in model.state_dict().values())
+
+
+def test_a_weight_that_is_nan_is_not_spread_to_the_others(folder, rollout, processor):
+    model = Qwen2VL.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 3] = NAN
+    sgd = Record(model, 1.0)
+    found = update(model, None, [sgd], rollout, ADV, processor.banned_ids, keys())
+    assert (found["skipped"], sgd.seen) == (1, [])
+    assert sum(int(v.isnan().sum()) for v in model.state_dict().values()) == 1
+
+
+def test_the_gradient_norm_is_told_before_it_is_clipped(folder, rollout, processor):
+    (free,), full, _ = ours(folder, rollout, processor, keys())
+    (held,), found, _ = ours(folder, rollout, processor, keys(max_grad_norm=0.5))
+    norm = math.sqrt(sum(float(g.square().sum()) for g in free.values()))
+    assert full["grad_norm"] == found["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    kept = math.sqrt(sum(float(g.square().sum()) for g in held.values()))
+    assert norm > 0.5 and kept == pytest.approx(0.5, rel=1e-4)
+
+
+def test_entropy_and_mismatch_are_means_over_the_tokens_of_the_step(folder, rollout, processor):
+    """mismatch: mean of exp|logp_sampler - logp|, 1 where they are one; e where all are 1 apart."""
+    with torch.no_grad():
+        model = Qwen2VL.from_pretrained(folder)
+        _, entropy = score(model, rollout, 0.7, processor.banned_ids)
+    for micro in (1, 4):
+        _, found, _ = ours(folder, rollout, processor, keys(micro_prompts=micro))
+        assert found["entropy"] == pytest.approx(entropy[rollout.mask].mean().item(), rel=1e-5)
+        assert found["mismatch"] == pytest.approx(1, abs=1e-5)
+        off = replace(rollout, logp=rollout.logp - 1)
+        _, found, _ = ours(folder, off, processor, keys(micro_prompts=micro))
+        assert found["mismatch"] == pytest.approx(math.e, rel=1e-4)
+
+
+def test_bfloat16_updates_are_near_the_twin_and_see_each_others_steps(folder, rollout, processor):
+    """autocast would keep the weights of the first update for the second: its ratios would be 1 and
+    nothing would ever be clipped."""
+    cfg = keys(updates_per_batch=2, micro_prompts=2)
+    expected, naive = twin(folder, rollout, processor, cfg)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen, found, weights = ours(folder, rollout, processor, cfg)
+    assert {p.dtype for p in weights.values()} == {torch.float32}
+    for step in (0, 1):
+        a, b = (torch.cat([x[k].flatten() for k in x]) for x in (seen[step], expected[step]))
+        assert torch.cosine_similarity(a, b, dim=0) > 0.97
+    assert found["clip_share"] > naive["clip_share"] / 2
+
+
+# ------------------------------------------------------------------------------------- the samples
+
+
+def half_dull(text: str, example: Example) -> float:
+    """A number made of the text; always 0.5 where the example is dull."""
+    return 0.5 if example.task == "dull" else sum(map(ord, text)) % 97 / 97
+
+
+MIXED = [Example(f"Question {i}?", "1", task="dull" if i % 3 == 1 else "") for i in range(12)]
+
+
+def batch_of(qwen, processor, examples, drawn=0, **changes):
+    cfg = keys(prompts=6, **changes)
+    return sample_batch(qwen, processor, examples, [("half_dull", half_dull, 1.0)], drawn, cfg)
+
+
+def is_dull(rollout: Rollout) -> list[bool]:
+    return [p.example.task == "dull" for p in rollout.prompts]
+
+
+def test_prompts_come_in_the_order_of_the_data(qwen, processor):
+    """Batch after batch through the epoch; a batch depends on its place in it, not on history."""
+    at = draw_rows(12, seed=0, start=0, count=24)
+    for drawn in (0, 6, 9, 18):
+        rollout, table, now = batch_of(qwen, processor, MIXED, drawn)
+        assert [p.example for p in rollout.prompts] == [MIXED[i] for i in at[drawn : drawn + 6]]
+        assert (table.shape, now) == ((1, 6, 3), drawn + 6)
+
+
+def test_a_row_gets_other_samples_in_the_next_epoch(qwen, processor):
+    first, _, _ = batch_of(qwen, processor, MIXED[:6], 0)
+    second, _, _ = batch_of(qwen, processor, MIXED[:6], 6)
+    texts = {p.example.problem: t for p, t in zip(first.prompts, first.texts)}
+    assert all(texts[p.example.problem] != t for p, t in zip(second.prompts, second.texts))
+
+
+def test_samples_are_fixed_by_seed_and_settings(qwen, processor):
+    first, again = (sample_groups(qwen, processor, MIXED, 4, 3, keys()) for _ in range(2))
+    assert first.texts == again.texts
+    assert first.texts != sample_groups(qwen, processor, MIXED, 4, 3, keys(seed=1)).texts
+    assert first.ids.shape == (3, 3, 6)
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_its_row(qwen, processor):
+    examples = [Example("many words " * 50, "1", row="train.jsonl:7")]
+    with pytest.raises(ValueError, match=r"train\.jsonl:7: the prompt has .* at most 60"):
+        sample_groups(qwen, processor, examples, 0, 1, keys(max_prompt=60))
+
+
+def test_dynamic_sampling_replaces_groups_without_signal_and_keeps_the_others(qwen, processor):
+    """DAPO: the dull prompts make way for the next of the data, in place; what had signal stays."""
+    plain, old, _ = batch_of(qwen, processor, MIXED)
+    dull = [b for b, x in enumerate(is_dull(plain)) if x]
+    assert 0 < len(dull) < 6
+    found, table, drawn = batch_of(qwen, processor, MIXED, dynamic_sampling=1)
+    at = draw_rows(12, seed=0, start=6, count=len(dull))
+    fresh = sample_groups(qwen, processor, MIXED, 6, len(dull), keys())
+    assert drawn == 6 + len(dull)
+    assert [found.prompts[b].example for b in dull] == [MIXED[i] for i in at]
+    for b in range(6):
+        source, i = (fresh, dull.index(b)) if b in dull else (plain, b)
+        assert found.texts[b] == source.texts[i]
+        for name in ("ids", "lengths", "logp", "finished"):
+            assert torch.equal(getattr(found, name)[b], getattr(source, name)[i]), name
+        if b not in dull:
+            assert torch.equal(table[:, b], old[:, b])
+        if found.prompts[b].example.task == "dull":
+            assert (table[0, b] == 0.5).all()
+        else:
+            expected = [half_dull(t, found.prompts[b].example) for t in found.texts[b]]
+            assert close(table[0, b], expected)
+
+
+def test_dynamic_sampling_goes_on_until_all_groups_have_signal(qwen, processor):
+    rollout, table, drawn = batch_of(qwen, processor, MIXED, dynamic_sampling=20)
+    assert not any(is_dull(rollout))
+    assert has_signal(table[0]).all()
+    assert 6 < drawn < 30
+
+
+def test_dynamic_sampling_gives_up_after_its_number_of_tries(qwen, processor):
+    """With nothing but dull prompts: 6 drawn, and 6 more for each try."""
+    dull = [replace(e, task="dull") for e in MIXED]
+    for tries in (0, 1, 3):
+        rollout, _, drawn = batch_of(qwen, processor, dull, dynamic_sampling=tries)
+        assert (drawn, len(rollout.prompts)) == (6 + 6 * tries, 6)
+
+
+def test_a_replaced_batch_trains_like_any_other(qwen, folder, processor):
+    """Its log-probs belong to its tokens: sampler and trainer agree."""
+    rollout, table, _ = batch_of(qwen, processor, EXAMPLES + MIXED, dynamic_sampling=3)
+    adv = group_advantages(table[0])
+    cfg = keys(updates_per_batch=1)
+    _, found, _ = ours(folder, rollout, processor, cfg, adv)
+    assert found["mismatch"] == pytest.approx(1, abs=1e-4)
+    assert found["grad_norm"] > 0.01

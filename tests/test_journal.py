@@ -1,0 +1,317 @@
+"""journal.py, chapter two: what a run leaves on disk is whole, or is not there under its name."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_checkpoint import make_checkpoint
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
+
+import journal
+from config import opt
+from data import Example, Processor
+from journal import (
+    Seconds,
+    append,
+    log_probes,
+    log_rollout,
+    newest_checkpoint,
+    peak_memory_gb,
+    run_folder,
+    save_checkpoint,
+    save_images,
+    write_json,
+)
+from model import Qwen2VL
+from rollout import as_rollout, sample
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = opt(3, "steps")
+    names: tuple[str, ...] = opt(("a", "b"), "names")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """model and processor of a checkpoint, and three prompts: one image, two images, none."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    model, processor = Qwen2VL.from_pretrained(folder), Processor.from_pretrained(folder)
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (56, 84, 3), np.uint8) for _ in range(3)]
+    examples = [
+        Example("How many?", "3", (images[0],), row="x.jsonl:1"),
+        Example("In both?", "<answer> a cube </answer>", (images[1], images[2]), row="x.jsonl:2"),
+        Example("Legs?", "8", row="x.jsonl:3"),
+    ]
+    prompts = [processor.prompt(example) for example in examples]
+    return SimpleNamespace(model=model, processor=processor, prompts=prompts, images=images)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files below a folder."""
+    paths = (p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
+
+
+# --------------------------------------------------------------------------- folders, checkpoints
+
+
+def test_a_run_folder_holds_every_key(tmp_path):
+    out = run_folder(str(tmp_path / "runs" / "new"), Config(steps=7))
+    assert out == tmp_path / "runs" / "new"
+    assert json.loads((out / "config.json").read_text()) == {"steps": 7, "names": ["a", "b"]}
+
+
+def test_a_second_run_of_the_same_name_goes_elsewhere_and_says_so(tmp_path, capsys):
+    name = str(tmp_path / "run")
+    first = run_folder(name, Config(steps=1))
+    (first / "metrics.jsonl").write_text("mine\n")
+    assert capsys.readouterr().err == ""
+    before = everything(first)
+    second, third = run_folder(name, Config(steps=2)), run_folder(name, Config(steps=3))
+    assert [first, second, third] == [tmp_path / n for n in ("run", "run_2", "run_3")]
+    assert everything(first) == before
+    assert set(everything(second)) == {"config.json"}
+    assert [json.loads((p / "config.json").read_text())["steps"] for p in (second, third)] == [2, 3]
+    assert str(second) in (said := capsys.readouterr().err) and str(third) in said
+
+
+def test_a_folder_that_holds_no_run_is_used_as_it_is(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    assert run_folder(str(tmp_path / "run"), Config()) == tmp_path / "run"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_saved_checkpoint_loads_here_and_in_transformers(made, tmp_path):
+    folder = tmp_path / "step_000010"
+    save_checkpoint(made.model, made.processor, folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000010"]
+    ours, theirs = Qwen2VL.from_pretrained(folder), made.model.state_dict()
+    assert ours.state_dict().keys() == theirs.keys()
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.state_dict().items())
+    prompt = made.prompts[0]
+    again = Processor.from_pretrained(folder).prompt(prompt.example)
+    assert torch.equal(again.ids, prompt.ids) and torch.equal(again.patches, prompt.patches)
+
+    reference = Qwen2VLForConditionalGeneration.from_pretrained(folder)
+    assert torch.equal(reference.lm_head.weight, made.model.head)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.encode("How many items?") == made.processor.encode("How many items?")
+    seen = AutoImageProcessor.from_pretrained(folder)(
+        Image.fromarray(made.images[0]), return_tensors="pt"
+    )
+    assert torch.allclose(seen["pixel_values"], prompt.patches, atol=1e-5)
+    assert reference.generation_config.eos_token_id == made.processor.stop_ids
+
+
+def fail(*_):
+    raise OSError("No space left on device")
+
+
+@pytest.mark.parametrize("what", ["model", "processor"])
+def test_a_save_that_fails_leaves_nothing_under_the_final_name(made, tmp_path, what):
+    """The older checkpoint stays the newest, and the next save is not hindered by the remains."""
+    save_checkpoint(made.model, made.processor, tmp_path / "step_000001")
+    before = everything(tmp_path / "step_000001")
+    broken = SimpleNamespace(save_pretrained=fail)
+    pair = {"model": made.model, "processor": made.processor, what: broken}
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(*pair.values(), tmp_path / "step_000002")
+    assert not (tmp_path / "step_000002").exists()
+    assert everything(tmp_path / "step_000001") == before
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "step_000001")
+
+    part = tmp_path / "step_000002.tmp"
+    part.mkdir(exist_ok=True)
+    (part / "stale.safetensors").write_text("of the save that failed")
+    save_checkpoint(made.model, made.processor, tmp_path / "step_000002")
+    assert everything(tmp_path / "step_000002").keys() == before.keys()
+    assert not part.exists()
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "step_000002")
+
+
+def test_a_checkpoint_is_never_written_over_another(made, tmp_path):
+    folder = tmp_path / "step_000001"
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("older")
+    with pytest.raises(OSError):
+        save_checkpoint(made.model, made.processor, folder)
+    assert everything(folder) == {"model.safetensors": b"older"}
+
+
+def checkpoint_like(folder: Path, *names) -> str:
+    folder.mkdir(parents=True)
+    for name in names or ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    return str(folder)
+
+
+def test_the_newest_checkpoint_is_the_folder_itself_or_its_last_whole_step(tmp_path):
+    alone = checkpoint_like(tmp_path / "model")
+    assert newest_checkpoint(alone) == alone
+    run = tmp_path / "run"
+    checkpoint_like(run, "config.json")  # the run's own keys
+    checkpoint_like(run / "step_000900")
+    newest = checkpoint_like(run / "step_001000")
+    checkpoint_like(run / "step_000100")
+    assert newest_checkpoint(str(run)) == newest
+    checkpoint_like(run / "step_002000.tmp")
+    checkpoint_like(run / "step_003000", "config.json")
+    checkpoint_like(run / "step_004000", "tokenizer.json")
+    (run / "step_005000").write_text("a file")
+    assert newest_checkpoint(str(run)) == newest
+    assert newest_checkpoint(newest) == newest
+
+
+@pytest.mark.parametrize("there", [None, (), ("config.json",), ("tokenizer.json",)])
+def test_a_folder_without_a_checkpoint_is_refused_by_name(tmp_path, there):
+    folder = tmp_path / "nothing here"
+    if there is not None:
+        checkpoint_like(folder, *there or ("notes.txt",))
+    with pytest.raises(ValueError, match="nothing here: neither a checkpoint .* nor a run"):
+        newest_checkpoint(str(folder))
+
+
+def test_json_is_written_with_its_folder(tmp_path):
+    path = tmp_path / "a" / "b.json"
+    write_json({"x": [1, 2.5, None]}, path)
+    assert json.loads(path.read_text()) == {"x": [1, 2.5, None]}
+    write_json([1], str(path))
+    assert json.loads(path.read_text()) == [1]
+    assert [p.name for p in path.parent.iterdir()] == ["b.json"]
+
+
+def test_json_is_whole_or_not_there(tmp_path, monkeypatch):
+    """An object that is no JSON, and a disk that fails at the last moment."""
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    write_json({"old": True}, old)
+    for path in (old, new):
+        with pytest.raises(TypeError):
+            write_json({"fine": 1, "not": {1, 2}}, path)
+    monkeypatch.setattr(journal.os, "fsync", fail)
+    for path in (old, new):
+        with pytest.raises(OSError):
+            write_json({"new": True}, path)
+    assert json.loads(old.read_text()) == {"old": True} and not new.exists()
+
+
+def test_append_adds_one_line_each_time(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1, "text": "two\nlines é"}, {"step": 2, "kl": None}]
+    for i, row in enumerate(rows):
+        append(path, row)
+        assert lines(path) == rows[: i + 1]
+
+
+# ------------------------------------------------------------------------------ samples and probes
+
+
+def test_pictures_are_saved_as_the_model_was_given_them(made, tmp_path):
+    assert save_images(tmp_path, made.prompts[1], "a") == ["images/a_0.png", "images/a_1.png"]
+    for name, pixels in zip(("a_0", "a_1"), made.images[1:]):
+        found = np.asarray(Image.open(tmp_path / "images" / f"{name}.png"))
+        assert np.array_equal(found, pixels)
+    assert save_images(tmp_path, made.prompts[2], "b") == []
+    assert len(list((tmp_path / "images").iterdir())) == 2
+
+
+def test_a_logged_group_is_its_own_prompt_completions_and_numbers(made, tmp_path):
+    """R = 2 rewards of weight 1 and 0.5, B = 3, G = 2; the first two prompts are logged."""
+    rollout = as_rollout(made.prompts, [[[5], [6, 7]], [[8, 9, 10], [11]], [[12], [13]]])
+    rollout.texts = [["a", "b"], ["c", "d"], ["e", "f"]]
+    rollout.finished[1, 0] = False
+    table = torch.tensor([[[1.0, 0], [0, 1], [1, 1]], [[0, 0], [1, 1], [0, 1]]])
+    adv = torch.tensor([[0.5, -0.5], [-1.5, 1.5], [0, 0]])
+    rewards = [("accuracy", None, 1.0), ("format", None, 0.5)]
+    log_rollout(tmp_path, 10, rollout, table, rewards, adv, most=2)
+    found = lines(tmp_path / "rollouts.jsonl")
+    assert len(found) == 2
+    completions = [
+        {"text": "c", "rewards": {"accuracy": 0.0, "format": 1.0}, "reward": 0.5,
+         "advantage": -1.5, "length": 3, "finished": False},
+        {"text": "d", "rewards": {"accuracy": 1.0, "format": 1.0}, "reward": 1.5,
+         "advantage": 1.5, "length": 1, "finished": True},
+    ]  # fmt: skip
+    assert found[1] == {
+        "step": 10, "prompt": made.prompts[1].text, "problem": "In both?", "row": "x.jsonl:2",
+        "solution": "<answer> a cube </answer>", "completions": completions,
+        "images": ["images/rollout_000010_1_0.png", "images/rollout_000010_1_1.png"],
+    }  # fmt: skip
+    assert found[0]["prompt"].count("<|image_pad|>") == 1
+    assert [c["length"] for c in found[0]["completions"]] == [1, 2]
+    for row, pictures in zip(found, (made.images[:1], made.images[1:])):
+        for path, pixels in zip(row["images"], pictures):
+            assert np.array_equal(np.asarray(Image.open(tmp_path / path)), pixels)
+
+
+def test_later_steps_are_added_with_pictures_of_their_own(made, tmp_path):
+    rollout = as_rollout(made.prompts, [[[5]], [[8]], [[12]]])
+    table, adv = torch.zeros(1, 3, 1), torch.zeros(3, 1)
+    for step in (1, 25):
+        log_rollout(tmp_path, step, rollout, table, [("accuracy", None, 1.0)], adv)
+    found = lines(tmp_path / "rollouts.jsonl")
+    assert [row["step"] for row in found] == [1, 1, 1, 25, 25, 25]
+    assert [len(row["images"]) for row in found] == [1, 2, 0] * 2
+    assert len({path for row in found for path in row["images"]}) == 6
+    assert all((tmp_path / path).is_file() for row in found for path in row["images"])
+
+
+def test_probes_are_greedy_answers_to_the_same_questions(made, tmp_path):
+    rewards = [("same", lambda text, example: float(len(text)), 1.0), ("none", lambda *_: None, 1.0)]
+    for step in (0, 5):
+        log_probes(tmp_path, step, made.model, made.processor, made.prompts, rewards, 6)
+    found = lines(tmp_path / "probes.jsonl")
+    assert [row["step"] for row in found] == [0, 5]
+    assert found[0]["answers"] == found[1]["answers"]
+    texts = sample(made.model, made.processor, made.prompts, 1, 6, temperature=0).texts
+    expected = [
+        {"problem": p.example.problem, "solution": p.example.solution, "text": text,
+         "images": images, "rewards": {"same": float(len(text)), "none": None}}
+        for p, (text,), images in zip(made.prompts, texts, (
+            ["images/probe_0_0.png"], ["images/probe_1_0.png", "images/probe_1_1.png"], [],
+        ))
+    ]  # fmt: skip
+    assert found[0]["answers"] == expected
+    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == [
+        "probe_0_0.png", "probe_1_0.png", "probe_1_1.png",
+    ]  # fmt: skip
+
+
+def test_no_probes_leave_no_file(made, tmp_path):
+    log_probes(tmp_path, 0, made.model, made.processor, [], [], 6)
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------- time and memory
+
+
+def test_seconds_add_up_by_name(monkeypatch):
+    """A clock that shows 0 (start), then 10 to 13 for "a", 20 to 24 for "b", 30 to 35 for "a"."""
+    clock = iter([0.0, 10.0, 13.0, 20.0, 24.0, 30.0, 35.0, 50.0])
+    monkeypatch.setattr(journal, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    seconds = Seconds()
+    assert seconds["a"] == 0.0 and seconds == {}
+    for name in "aba":
+        with seconds(name):
+            pass
+    assert seconds == {"a": 8.0, "b": 4.0} and seconds.last == {"a": 5.0, "b": 4.0}
+    assert seconds.since_start() == 50.0
+
+
+PEAK = Path("/proc/self/status")
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not PEAK.exists(), reason="needs Linux, no GPU")
+def test_peak_memory_is_that_of_the_process_in_gigabytes():
+    kilobytes = next(line for line in PEAK.read_text().splitlines() if line.startswith("VmHWM"))
+    assert peak_memory_gb() == pytest.approx(int(kilobytes.split()[1]) * 1024 / 1e9, rel=0.05)

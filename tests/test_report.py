@@ -1,0 +1,343 @@
+"""Chapter two of report.py: what a reader sees of a run, and what a run can not do to the page."""
+
+import base64
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import report
+from report import CURVES, Curve
+
+EVIL = "</script></pre><img src=x onerror=alert(1)>'\"&"
+SHOWN = "&lt;/script&gt;&lt;/pre&gt;&lt;img src=x onerror=alert(1)&gt;&#x27;&quot;&amp;"
+COMPLETION = {"text": "<think> two </think> <answer> 2 </answer>", "reward": 1.5, "advantage": 0.7,
+              "rewards": {"accuracy": 1.0, "format": 0.0}, "length": 9, "finished": True}
+
+
+class Page(HTMLParser):
+    """Parses a page, checks that every tag is closed in order, and keeps tags, attributes, text."""
+
+    void = frozenset(("meta", "link", "img", "br"))
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.words = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def lines(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def a_run(folder, word="two", steps=3):
+    """A small complete run whose every string is `word`."""
+    (folder / "images").mkdir()
+    Image.new("RGB", (56, 28)).save(folder / "images" / "a.png")
+    (folder / "config.json").write_text(json.dumps({"model": word, "rewards": [word], "seed": 1}))
+    row = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "format": 1.0, "unparsable": 0.25, "n": 4}
+    (folder / "summary.json").write_text(json.dumps({"before": {word: row}, "after": {word: row}}))
+    lines(folder / "metrics.jsonl", *(
+        {"step": s, "reward": s / 4, f"reward/{word}": 0.5, "kl": 0.0, word: word, "clip_share": 0.5,
+         "length/mean": 5.0, "length/min": 2.0, "length/max": 9.0} for s in range(1, steps + 1)))
+    asked = {"problem": word, "solution": word, "images": ["images/a.png", word]}
+    lines(folder / "probes.jsonl", *(
+        {"step": s, "answers": [{**asked, "text": word, "rewards": {"accuracy": 1.0, word: 0.5}}]}
+        for s in (0, steps)))
+    lines(folder / "rollouts.jsonl", *(
+        {"step": s, **asked, "prompt": word, "completions": [{**COMPLETION, "text": word}] * 2}
+        for s in (1, steps)))
+    return folder
+
+
+# ---- reading a run ----
+
+def test_a_broken_line_is_skipped_and_the_others_are_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff{"st\n[' + b"[" * 100_000 + b'\n7\n{"step": 2}\n{"step": 3, "re')
+    assert report.read(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_of_a_step_logged_twice_the_later_line_counts(tmp_path):
+    rows = [{"step": 2, "x": 0}, {"step": 3, "x": 0}, {"step": 1}, {"step": 2, "x": 1}]
+    lines(tmp_path / "m.jsonl", *rows)
+    assert report.read(tmp_path / "m.jsonl") == [rows[2], rows[3], rows[1]]
+    groups = [{"step": 1, "problem": p, "images": [p]} for p in "ab"]
+    lines(tmp_path / "r.jsonl", *groups)
+    assert report.read(tmp_path / "r.jsonl") == groups
+
+
+def test_spread_takes_the_first_and_the_last():
+    assert report.spread(range(9), 3) == [0, 4, 8]
+    assert report.spread("ab", 3) == ["a", "b"] and report.spread([], 3) == []
+
+
+def test_only_finite_numbers_of_a_sane_size_are_numbers():
+    assert report.number(2) == 2.0 and report.number(np.float64(0.5)) == 0.5
+    bad = (math.nan, math.inf, -math.inf, 1e300, 10**400, True, None, "1", [1])
+    assert [report.number(x) for x in bad] == [None] * len(bad)
+
+
+def test_numbers_are_short():
+    shown = [report.show(x) for x in (0, 0.12345, 1.0004, 12.345, 12345.6, 1e-6, -2.5, math.nan)]
+    assert shown == ["0", "0.123", "1", "12.3", "12,346", "1e-6".replace("-", "−"), "−2.5", "–"]
+    assert report.show(0.3456, share=True) == "34.6 %" and report.show(None, share=True) == "–"
+
+
+# ---- text and pictures ----
+
+def test_markup_nul_surrogates_and_direction_marks_become_harmless_text():
+    assert report.esc(EVIL) == SHOWN
+    assert report.esc("a\0b\ud800c\u202ed\n\te") == "a\ufffdb\ufffdc\ufffdd\n\te"
+
+
+def test_a_completion_shows_its_tags_apart_and_is_cut_in_the_middle():
+    assert report.said("<answer> 2 </answer>") == (
+        "<pre><i>&lt;answer&gt;</i> 2 <i>&lt;/answer&gt;</i></pre>")
+    long = report.said("a" * 5000 + "the end")
+    assert "2,607 characters" in long and long.endswith("the end</pre>") and len(long) < 2500
+    assert report.said("") == "<pre><i>(nothing)</i></pre>"
+
+
+def test_right_and_wrong_have_a_sign_and_a_word():
+    text = report.marks({"accuracy": 0.0, "format": 1.0, "own": 0.25, "none": math.nan})
+    words = [re.sub("<[^>]*>", "", part) for part in text.split("</span>")]
+    assert [w.strip() for w in words] == ["✗ wrong", "✓ format", "0.25 own", "– none", ""]
+
+
+def test_a_small_picture_is_inlined_and_enlarged_by_a_whole_number(tmp_path):
+    Image.new("RGB", (100, 50)).save(tmp_path / "a.png")
+    ((_, img),) = Page(report.picture(tmp_path, "a.png", EVIL)).tags
+    assert (img["alt"], img["width"], img["height"], img["class"]) == (EVIL, "200", "100", "pixels")
+    kind, code = img["src"].split(",")
+    assert kind == "data:image/png;base64"
+    assert base64.b64decode(code) == (tmp_path / "a.png").read_bytes()
+
+
+def test_a_picture_outside_the_run_is_not_read(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (run / "link.png").symlink_to(tmp_path / "secret.png")
+    for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png"):
+        text = report.picture(run, name)
+        assert "<img" not in text and "No picture" in text
+    Image.new("RGB", (8, 8)).save(run / "own.png")
+    assert "<img" in report.picture(run, "sub/../own.png")
+
+
+def test_a_picture_that_is_missing_too_large_or_none_leaves_a_note(tmp_path, monkeypatch):
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "text.png").write_text("<svg onload=alert(1)>")
+    Image.new("RGB", (8, 8)).save(tmp_path / "large.png")
+    monkeypatch.setattr(report, "PICTURE", 10)
+    for name in ("gone.png", "loop.png", "text.png", "large.png", "", "a\0b", "\ud800", 7, EVIL):
+        text = report.picture(tmp_path, name)
+        assert f"No picture: {report.esc(name)} is" in text and "<img" not in text
+
+
+# ---- curves ----
+
+def test_a_series_leaves_out_steps_whose_metric_is_missing_or_not_finite():
+    rows = [{"step": 1, "x": 5}, {"step": 2, "x": math.nan}, {"step": 3}, {"step": 4, "x": "6"},
+            {"step": 5, "x": 7.0}]
+    assert report.series(rows, "step", "x").tolist() == [[1, 5], [5, 7]]
+    assert report.series(rows, "step", "y").size == 0
+
+
+def test_a_smoothed_line_keeps_constants_and_means_neighbours():
+    assert np.allclose(report.smooth(np.full(100, 3.0)), 3)
+    few = np.array([1.0, 5.0, 2.0])
+    assert np.allclose(report.smooth(few), few)
+    spike = np.zeros(20)
+    spike[10] = 4.0  # n // 20 = 1 neighbour each side: weights 1/4, 1/2, 1/4
+    assert np.allclose(report.smooth(spike)[9:12], [1, 2, 1])
+    assert np.allclose(report.smooth(spike[::-1])[8:11], [1, 2, 1])
+
+
+@pytest.mark.parametrize(("lo", "hi", "want"), [
+    (0, 1, [0, 0.5, 1]), (0, 1.9, [0, 0.5, 1, 1.5, 2]), (-3, 30, [-10, 0, 10, 20, 30]),
+    (0, 0.0003, [0, 0.0001, 0.0002, 0.0003]), (5, 5, [5]), (0, 5e-324, [0]),
+])  # fmt: skip
+def test_ticks_are_round_and_enclose_the_range(lo, hi, want):
+    assert np.allclose(report.ticks(lo, hi), want, rtol=1e-9, atol=1e-12)
+
+
+def test_a_value_is_placed_in_proportion_and_never_beyond_the_frame():
+    assert report.place(3, 1, 5, 10, 30) == 20
+    assert report.place(np.array([1, 5, 99]), 1, 5, 126, 10).tolist() == [126, 10, 10]
+    assert report.place(7, 7, 7, 0, 10) == 5
+
+
+def numbers(svg, kind):
+    """The points of the path of a kind: (n, 2)."""
+    data = re.search(f'class="{kind}" d="([^"]*)"', svg)[1]
+    return np.array([float(x) for x in re.findall(r"-?\d+\.\d", data)]).reshape(-1, 2)
+
+
+def test_a_curve_goes_from_corner_to_corner():
+    data = np.array([[1, 2, 3], [0.0, 2, 4]])
+    svg = report.draw(Curve("x", "X", ""), data)
+    middle = ((report.LEFT + report.RIGHT) / 2, (report.BOTTOM + report.TOP) / 2)
+    want = [(report.LEFT, report.BOTTOM), middle, (report.RIGHT, report.TOP)]
+    assert np.allclose(numbers(svg, "line"), want) and np.allclose(numbers(svg, "dots"), want)
+    assert "<h3>X <b>4</b></h3>" in svg and "<title>step 2: 2</title>" in svg
+    assert [t for t in re.findall(r"<text[^>]*>([^<]*)", svg)] == list("01234") + list("123")
+
+
+def test_a_share_is_drawn_in_per_cent_on_its_whole_axis():
+    svg = report.draw(Curve("x", "X", "", True, (0, 1)), np.array([[1, 2], [0.5, 0.25]]))
+    assert np.allclose(numbers(svg, "line")[:, 1], [68, 97])  # 10 is 100 %, 126 is 0 %
+    assert "<b>25 %</b>" in svg and ">100 %<" in svg
+
+
+def test_a_band_reaches_from_its_lower_to_its_upper_edge():
+    data = np.array([[1, 2], [2.0, 2], [1, 1], [4, 4]])
+    band = numbers(report.draw(Curve("x", "X", ""), data), "band")
+    assert np.allclose(band[:, 1], [10, 10, 97, 97]) or np.allclose(band[:, 1], [97, 97, 10, 10])
+
+
+def test_one_spike_neither_flattens_the_chart_nor_bends_the_line():
+    data = np.array([np.arange(300), np.ones(300)])
+    data[1, 150] = 1e6
+    svg = report.draw(Curve("x", "X", ""), data)
+    assert np.allclose(numbers(svg, "line")[:, 1], 10)  # all at 1, the top of the axis
+    assert numbers(svg, "dots")[:, 1].min() == 10
+
+
+def test_a_single_step_and_huge_or_tiny_values_can_be_drawn():
+    for v in (3.0, -1e29, 1e-300, 5e-324):
+        assert "nan" not in report.draw(Curve("x", "X", ""), np.array([[7.0], [v]]))
+
+
+def test_a_long_run_is_thinned():
+    n = 20_000
+    svg = report.draw(Curve("x", "X", ""), np.array([np.arange(n), np.sin(np.arange(n))]))
+    assert len(numbers(svg, "line")) == len(numbers(svg, "dots")) == 400 and len(svg) < 30_000
+
+
+def test_only_metrics_that_are_there_are_drawn_and_those_always_zero_are_named():
+    rows = [{"step": s, "kl": 0.0, "entropy": 1.0, "reward/own": 0.3, "odd": 1} for s in (1, 2)]
+    text = report.curves(rows)
+    assert re.findall("<h3>(.*?) <b>", text) == ["own", "Entropy"]
+    assert "Always 0, not drawn: KL to the start." in text and "odd" not in text
+    assert report.curves([{"step": 1, "other": 2}]) == ""
+
+
+def test_every_curve_says_what_it_means():
+    assert all(curve.says.endswith(".") and curve.title for curve in CURVES)
+    assert len({curve.key for curve in CURVES}) == len(CURVES)
+
+
+# ---- the parts and the page ----
+
+def test_the_table_shows_before_and_after_with_interval():
+    row = {"accuracy": 0.445, "low": 0.4, "high": 0.49, "format": 0.5, "n": 400, "length": 18.25}
+    words = "".join(Page(report.results({"before": {"A": row}, "after": {"B": row}})).words)
+    assert "A before44.5 % 40.0 to 49.050.0 %–18.2400" in words and "B after44.5 %" in words
+    assert report.results({}) == ""
+
+
+def test_a_probe_has_a_line_per_step_in_order(tmp_path):
+    rows = [{"step": s, "answers": [{"problem": "q", "text": f"said {s}", "rewards": {}}]}
+            for s in range(0, 100, 5)]
+    text = report.probes(tmp_path, rows)
+    assert text.count("<article>") == 1 and text.count("<li>") == report.PROBES
+    assert text.index("said 0<") < text.index("said 50<") < text.index("said 95<")
+
+
+def test_a_group_is_shown_from_the_highest_advantage_to_the_lowest(tmp_path):
+    done = [{**COMPLETION, "advantage": a, "text": t, "finished": a > 0}
+            for a, t in ((-1.2, "low"), (0.0, "middle"), (math.nan, "none"), (1.2, "high"))]
+    text = report.group(tmp_path, {"problem": "q", "solution": "<answer> 2 </answer>",
+                                   "completions": done})  # fmt: skip
+    assert text.index("high") < text.index("middle") < text.index("low")
+    assert "▲ +1.20" in text and "▼ -1.20" in text and "<b>0.00</b>" in text
+    assert text.count("cut off") == 3 and "Right answer: <b>2</b>" in text
+
+
+def test_samples_are_of_the_first_the_middle_and_the_last_step(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    lines(tmp_path / "rollouts.jsonl", *(
+        {"step": s, "problem": f"q{i}", "completions": [COMPLETION] * 40}
+        for s in range(1, 8) for i in range(5)))
+    text = report.page(tmp_path)
+    assert re.findall(r"Samples of step (\d)", text) == ["1", "4", "7"]
+    assert text.count("<article>") == 9 and text.count('<li class="up">') == 9 * report.COMPLETIONS
+
+
+def test_every_string_of_a_run_is_escaped(tmp_path):
+    text = report.page(a_run(tmp_path, EVIL + "\0\ud800"))
+    assert EVIL not in text and text.count(SHOWN) > 15
+    tags = Page(text).tags
+    assert {tag for tag, _ in tags}.isdisjoint(("script", "iframe", "object"))
+    assert not any(name.startswith("on") for _, attrs in tags for name in attrs)
+    assert [attrs["alt"] != "" for tag, attrs in tags if tag == "img"] == [True] * 3
+
+
+def test_the_page_refers_to_nothing_outside_itself(tmp_path):
+    text = report.page(a_run(tmp_path))
+    links = [a[k] for _, a in Page(text).tags for k in ("src", "href", "srcset", "action") if k in a]
+    assert len(links) == 4 and all(link.startswith("data:") for link in links)
+    assert not re.search(r"https?://|@import|url\(|<script", text)
+    assert "default-src 'none'; img-src data:; style-src" in text
+
+
+def test_the_page_has_its_parts_in_order_and_a_language(tmp_path):
+    text = report.page(a_run(tmp_path))
+    assert Page(text).tags[0] == ("html", {"lang": "en"}) and text.startswith("<!DOCTYPE html>")
+    parts = ("<h1>", "<table>", "<h2>Curves", "<h2>The same", "<h2>Samples of step 1<",
+             "<h2>Samples of step 3<", "<summary>config.json")  # fmt: skip
+    assert sorted(parts, key=text.index) == list(parts) and "Not finished" not in text
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl", "probes.jsonl",
+                                  "rollouts.jsonl", "images/a.png"])
+def test_a_page_is_written_without_any_one_of_the_files(tmp_path, name):
+    folder = a_run(tmp_path)
+    (folder / name).unlink()
+    text = report.write(folder).read_text()
+    assert Page(text).tags
+    assert ("Not finished" in text and "as of step 3" in text) == (name == "summary.json")
+
+
+def test_a_page_is_written_of_files_that_are_broken(tmp_path):
+    folder = a_run(tmp_path)
+    for path in folder.glob("*.json*"):
+        path.write_text('{"step": 1, "re')
+    assert "Nothing was logged" in report.write(folder).read_text()
+
+
+def test_writing_replaces_the_old_page_and_leaves_nothing_behind(tmp_path):
+    folder = a_run(tmp_path)
+    (folder / "report.html").write_text("old")
+    before = {path.name for path in folder.iterdir()}
+    page = report.write(str(folder))
+    assert page == folder / "report.html" and page.read_text().startswith("<!DOCTYPE")
+    assert {path.name for path in folder.iterdir()} == before
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"neither config.json nor metrics.jsonl"):
+        report.write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
