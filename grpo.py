@@ -12,9 +12,8 @@ What the papers leave open, and our choice: the group's standard deviation is th
 step, so neither the micro-batch nor anything else that splits the work changes the gradient;
 log-probs are those of the sampled distribution, temperature and banned tokens included.
 
-What we do differently: the completions of a group share one copy of prompt and image, in sampling
-and in training (rollout.py), and with one update per batch the old log-probs are the current ones,
-so that no extra pass is needed.
+What we do differently: a group shares one copy of prompt and image, in sampling and in training
+(rollout.py). With one update per batch the old log-probs are the current ones: no extra pass.
 
 Letters: B prompts, G completions per prompt, T completion tokens. logp, old, ref (B, G, T) are
 log-probs of the sampled tokens by the policy that trains, that sampled, and the reference.
@@ -362,11 +361,11 @@ def train(cfg: Config) -> dict:
                 journal.append(out / "metrics.jsonl", row)
                 if step == 1 or step % cfg.probe_every == 0:
                     journal.log_rollout(out, step, rollout, table, rewards, adv)
-                if step % cfg.save_every == 0 or step == cfg.steps:
+                if step == cfg.steps or step % cfg.save_every == 0:
                     journal.save_checkpoint(policy, processor, out / f"step_{step:06d}")
     with seconds("eval"), half():
-        journal.log_probes(out, cfg.steps, policy, processor, probes if main_process else [], rewards,
-                   cfg.max_new)
+        if main_process:
+            journal.log_probes(out, cfg.steps, policy, processor, probes, rewards, cfg.max_new)
         after = evaluate_all(policy, processor, evals, cfg, out, "after")
     seconds["grpo"] = seconds["sample"] + seconds["update"] + seconds["log"]
     shown = {k: round(seconds[k], 1) for k in ("render", "tiny", "grpo", "eval")}

@@ -65,11 +65,11 @@ def apply_gradients(model, optimizers: list, max_norm: float, loss: float) -> fl
         torch.clear_autocast_cache()  # else the next bf16 forward may read the weights of before
     model.zero_grad(set_to_none=True)
     return float(norm) if finite else None
+
+
 def draw_rows(n_rows: int, seed: int, start: int, count: int) -> list[int]:
     """Rows number start ... start + count - 1 of an endless order: each epoch shuffled by seed."""
     at = range(start, start + count)
     shuffled = {e: np.random.default_rng((seed, e)).permutation(n_rows) for e in
                 {i // n_rows for i in at}}
     return [int(shuffled[i // n_rows][i % n_rows]) for i in at]
-
-

@@ -53,8 +53,7 @@ CURVES = (
     Curve("length/mean", "Length", "Tokens of a completion: mean, and from shortest to longest. A "
           "band along the limit: answers are cut.", band=("length/min", "length/max")),
     Curve("truncated", "Cut off", "Completions that the limit stopped. Should be near 0 %.", True),
-    Curve("clip_share", "Clipped", "Tokens whose ratio left the trust region, so that they do not "
-          "train. 0 with one update per batch, else a few per cent.", True),
+    Curve("clip_share", "Clipped", "Tokens beyond the trust region: a few per cent at most.", True),
     Curve("grad_norm", "Gradient norm", "Unclipped. A spike is harmless, a climb: lr too large."),
     Curve("mismatch", "Sampler against trainer", "Mean of exp|difference of their log-probs|. 1 is "
           "exact agreement; must stay below 1.02.", axis=(1, 1.02)),
@@ -168,7 +167,7 @@ def place(value, lo: float, hi: float, start: float, end: float):
 
 
 def points(xs, ys, between: str = "L") -> str:
-    """Data of an SVG path through points."""
+    """Data of an SVG path through points; between="h0M" and a last h0 make dots of them."""
     return "M" + between.join(f"{x:.1f} {y:.1f}" for x, y in zip(xs, ys))
 
 
@@ -198,9 +197,9 @@ def draw(curve: Curve, data: np.ndarray) -> str:
                f'<path class="line" d="{points(xs, mean)}"/>')  # fmt: skip
     wide = (RIGHT - LEFT) / max(1, min(len(at), 60) - 1)
     for i in spread(at, 60):
-        x, now = right(steps[i]) - wide / 2, f"step {show(steps[i])}: {show(values[0, i])}{unit}"
-        out.append(f'<rect x="{x:.1f}" width="{wide:.1f}" height="{BOTTOM}"><title>{now}'
-                   "</title></rect>")  # fmt: skip
+        now = f"<title>step {show(steps[i])}: {show(values[0, i])}{unit}</title>"
+        x = right(steps[i]) - wide / 2
+        out.append(f'<rect x="{x:.1f}" width="{wide:.1f}" height="{BOTTOM}">{now}</rect>')
     title, first, last = esc(curve.title), *(f"{show(lines[0][i])}{unit}" for i in (0, -1))
     return (f'<h3>{title} <b>{last}</b></h3><svg viewBox="0 0 {W} {H}" role="img" aria-label='
             f'"{title}: {first} at first, {last} at last">{"".join(out)}</svg>')  # fmt: skip
@@ -230,7 +229,7 @@ def results(summary: dict) -> str:
             shares = [show(row.get(k), True) for k in ("accuracy", "format", "unparsable")]
             shares[0] = (f"<b>{shares[0]}</b> <small>{low:.1f} to {high:.1f}</small></td><td><svg "
                          'viewBox="-4 0 108 10"><path class="grid" d="M0 5H100"/><path class="line"'
-                         f' d="M{low:.1f} 5H{high:.1f}"/><circle cx="{x:.1f}" cy="5" r="2"/></svg>')
+                         f' d="M{low:.1f} 5H{high:.1f}"/><circle cx="{x:.1f}" cy="5" r="3"/></svg>')
             cells = "</td><td>".join((*shares, show(row.get("length")), show(row.get("n"))))
             out.append(f'<tr class="{when}"><th scope="row">{esc(name)} <small>{when}</small></th>'
                        f"<td>{cells}</td></tr>")  # fmt: skip
@@ -274,14 +273,14 @@ def group(folder: Path, row: dict) -> str:
 def page(folder: Path) -> str:
     """The whole page of a run's folder."""
     config, summary = ((read(folder / f"{k}.json") or [{}])[0] for k in ("config", "summary"))
-    metrics, probed, logged = (
-        read(folder / f"{k}.jsonl") for k in ("metrics", "probes", "rollouts"))  # fmt: skip
+    metrics, probed = read(folder / "metrics.jsonl"), read(folder / "probes.jsonl")
+    logged = read(folder / "rollouts.jsonl")
     keys = ("model", "data", "steps", "prompts", "group", "rewards", "beta", "lr", "seed")
     plain = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in config.items()}
     about = " · ".join(f"{k} <b>{esc(plain[k])}</b>" for k in keys if k in plain)
     if not summary.get("after"):
-        last = f"step {show(metrics[-1]['step'])}" if metrics else "the start"
-        about += f"</p><p>Not finished, without a summary.json: the run as of {last}."
+        last = show(metrics[-1]["step"]) if metrics else 0
+        about += f"</p><p>Not finished (no summary.json): the run as of step {last}."
     parts = [("Curves", "A dot is a step, or lies beyond the edge that it is on; the line is their "
               "local mean, the number its last value.", curves(metrics)),
              ("The same questions as it learns", "Answered greedily.", probes(folder, probed))]
@@ -301,7 +300,7 @@ def write(folder) -> Path:
     if not any((folder / name).is_file() for name in ("config.json", "metrics.jsonl")):
         raise FileNotFoundError(f"{folder}: neither config.json nor metrics.jsonl, so not a run")
     part = folder / "report.html.tmp"
-    part.write_text(page(folder), encoding="utf-8", errors="replace")
+    part.write_text(page(folder), encoding="utf-8")
     os.replace(part, folder / "report.html")
     return folder / "report.html"
 
@@ -329,17 +328,17 @@ white-space: nowrap} th, td {padding: .25rem .5rem .25rem 0; text-align: left} t
 thead {overflow-wrap: normal} thead th, .after td, .after th {border-bottom: 1px solid var(--rule)}
 svg {display: block; overflow: visible; fill: var(--soft); font-size: 11px} circle, .band {fill:
 var(--line)} path {fill: none} .grid {stroke: var(--rule)} .line, .dots, .before circle {stroke:
-var(--line); stroke-width: 2} .before circle {fill: var(--paper)} .band {opacity: .15} .dots {
-stroke-width: 3; stroke-linecap: round; opacity: .25} rect {opacity: 0} rect:hover {opacity: .15}
-.curves {display: grid; gap: 2rem 2.5rem; margin: 1.5rem 0; grid-template-columns: repeat(auto-fill,
-minmax(min(100%, 19rem), 1fr))} .curves h3 {display: flex; justify-content: space-between} img
-{display: block; max-width: 100%; height: auto; margin-bottom: .6rem} article {margin: 2rem 0}
-.pixels {image-rendering: pixelated} .yes {color: var(--yes)} .no {color: var(--no)} ol {padding: 0}
-li {display: block; padding: .3rem .7rem; border-left: 3px solid var(--rule); margin-bottom: 2px}
-.up {border-color: var(--yes)} .down {border-color: var(--no)} @media (min-width: 52rem) {article,
-li {display: grid; grid-template-columns: 15rem 1fr; gap: 2rem} li {gap: 1rem}} ol span
-{white-space: nowrap} @media (max-width: 40rem) {small {display: block} tr > :nth-child(3), tr >
-:last-child {display: none} tbody th { min-width: 4.5rem}}
+var(--line); stroke-width: 2} .before circle {fill: var(--paper); stroke-width: 1} .band {opacity:
+.15} .dots { stroke-width: 3; stroke-linecap: round; opacity: .25} rect {opacity: 0} rect:hover
+{opacity: .15} .curves {display: grid; gap: 2rem 2.5rem; margin: 1.5rem 0; grid-template-columns:
+repeat(auto-fill, minmax(min(100%, 19rem), 1fr))} .curves h3 {display: flex; justify-content:
+space-between} img {display: block; max-width: 100%; height: auto; margin-bottom: .6rem} article
+{margin: 2rem 0} .pixels {image-rendering: pixelated} .yes {color: var(--yes)} .no {color:
+var(--no)} ol {padding: 0} li {display: block; padding: .3rem .7rem; border-left: 3px solid
+var(--rule); margin-bottom: 2px} .up {border-color: var(--yes)} .down {border-color: var(--no)}
+@media (min-width: 52rem) {article, li {display: grid; grid-template-columns: 15rem 1fr; gap: 2rem}
+li {gap: 1rem}} ol span {white-space: nowrap} @media (max-width: 40rem) {small {display: block} tr >
+:nth-child(3), tr > :last-child {display: none} tbody th { min-width: 4.5rem}}
 """
 
 

@@ -178,10 +178,8 @@ def sample(
             token, groups, rows, position = leave(finished, cache, token, groups, rows, position)
         if t + 1 < max_new:
             hidden = step(model, cache, token, position + t)
-    texts = [
-        [processor.decode(x[:n]) for x, n in zip(*pair)]
-        for pair in zip(ids.tolist(), lengths.tolist())
-    ]
+    pairs = zip(ids.tolist(), lengths.tolist())
+    texts = [[processor.decode(x[:n]) for x, n in zip(*pair)] for pair in pairs]
     return Rollout(prompts, ids, lengths, logp, finished, texts)
 
 

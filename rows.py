@@ -242,11 +242,13 @@ def parse_world(source: str, part: str) -> tuple[str, int, tuple[str, ...], dict
 def draw_world(split: str, n: int, options: dict) -> tuple[list[dict], np.ndarray]:
     """n scenes and their pictures (n, H, W, 3) uint8, mapped from a file that is drawn if missing.
 
-    The file is named by a hash of the options and of world.py: a changed world is drawn anew. It is
-    written in a temporary folder, so that it is whole where it is, and two runs do not collide.
+    The file is named by a hash of the options, world.py and draw.py: a changed world is drawn anew.
+    It is written in a temporary folder, so that it is whole where it is, and two runs do not
+    collide.
     """
-    said = json.dumps([split, n, sorted(options.items())]).encode()
-    name = hashlib.sha256(said + Path(world.__file__).read_bytes()).hexdigest()[:16]
+    said = [json.dumps([split, n, sorted(options.items())]).encode()]
+    said += [Path(module.__file__).read_bytes() for module in (world, world.draw)]
+    name = hashlib.sha256(b"\0".join(said)).hexdigest()[:16]
     path, told = CACHE / f"{name}.npy", CACHE / f"{name}.json"
     if not path.is_file():
         world.make_scenes(0, split, **options)  # a wrong option is told before any process starts

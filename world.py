@@ -82,7 +82,8 @@ def make_scene(part, seed, split, index, objects, size, look, shapes):
             thing["3d_coords"] = [x, y, draw.half_height(thing)]
         camera = draw.fit_camera(eye.tolist(), things, size)
         pixels, boxes = draw.visible(things, camera, size)
-        if min(pixels) >= MIN_VISIBLE * size[0] * size[1]:
+        area = min(size[0] * size[1], 4 / 3 * min(size) ** 2)               # of the part in use
+        if min(pixels) >= MIN_VISIBLE * area:
             break
     stage = draw.make_stage(things, camera, size)
     for thing, *facts in zip(things, draw.to_pixels(stage, stage.at).tolist(), boxes, pixels):
@@ -285,6 +286,8 @@ def is_unique(thing, things, keys=ATTRIBUTES):
 
 @dataclass(frozen=True)
 class Config:
+    """Keys of the command line."""
+
     out: str | None = opt(None, "folder for images/, scenes.json and questions.json")
     sheet: str | None = opt(None, "PNG file for a sheet of examples of the three worlds")
     n: int = opt(100, "number of scenes", least=1)

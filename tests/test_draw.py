@@ -190,6 +190,26 @@ def test_rubber_is_brightest_towards_the_lamp_and_metal_also_mirrors():
     np.testing.assert_array_equal(mixed, np.stack([rubber[:, 0], metal[:, 1]], 1))
 
 
+def test_metal_changes_the_pixels_of_its_own_object_only():
+    things = [thing("cube", (-0.5, 1)), thing("sphere", (1, 1)), thing("cylinder", (0, -1))]
+    rubber = draw.render([scene_of(things)], (90, 90))[0].astype(int)
+    ids, _, _ = draw.cast(stage_of(things, (90, 90)), 2)
+    for k in range(3):
+        polished = [{**one, "material": "metal"} if i == k else one for i, one in enumerate(things)]
+        changed = (draw.render([scene_of(polished)], (90, 90))[0] != rubber).any(-1)
+        own = (ids == k).reshape(90, 2, 90, 2).any((1, 3))
+        assert not (changed & ~own).any() and changed[own].mean() > 0.9
+
+
+def test_an_object_covers_the_ground():
+    """The flat top of a rubber cylinder takes no light from the ground, so it looks the same."""
+    scene = scene_of([thing("cylinder")])
+    white = {**scene, "look": {**scene["look"], "ground": [0.9] * 3}}
+    plain, bright = draw.render([scene, white], (101, 101)).astype(int)
+    np.testing.assert_array_equal(plain[40:44, 46:55], bright[40:44, 46:55])
+    assert (bright[:10] > plain[:10] + 20).all()
+
+
 def test_the_shadow_falls_away_from_the_lamp_and_is_soft():
     """The lamp is on the left: on the row of the foot the ground on the right is darker."""
     picture = draw.render([scene_of([thing("cylinder")])], (101, 101))[0].astype(int)

@@ -279,7 +279,7 @@ def test_what_is_missing_is_named_and_nothing_is_written(taught, tmp_path):
     wrong = {
         "nowhere: neither a checkpoint": {"--model": nowhere},
         "nowhere.jsonl": {"--data": f"{nowhere}.jsonl"},
-        "world:Z": {"--data": "world:Z:n=2"},
+        "split 'Z'": {"--data": "world:Z:n=2"},
         r"rows.jsonl:1: image .*nowhere.*0_0.png": {"--images": nowhere},
         "template 'r1w'.*r1v": {"--template": "r1w"},
     }
@@ -293,5 +293,5 @@ def test_what_is_missing_is_named_and_nothing_is_written(taught, tmp_path):
 
 
 def test_the_model_must_be_given():
-    with pytest.raises(SystemExit, match="error: .*model"):
+    with pytest.raises(SystemExit, match=r"error: .*model"):
         main(["--data", "world:A:n=2"])

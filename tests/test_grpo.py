@@ -257,6 +257,12 @@ def test_weights_sum_to_what_the_mean_says(mean, total):
     assert token_weights(TOKENS, mean, 4, 4).sum().item() == pytest.approx(total)
 
 
+def test_the_token_mean_is_over_the_tokens_of_all_processes():
+    """6 tokens here, 12 in all."""
+    found = token_weights(TOKENS, "token", 8, 4, tokens=torch.tensor(12))
+    assert found.sum().item() == pytest.approx(1 / 2)
+
+
 @pytest.mark.parametrize("mean", ["sequence", "token", "constant"])
 def test_nothing_to_learn_from_gives_zero_weights(mean):
     assert weights_of(mean, torch.zeros_like(TOKENS)) == torch.zeros(2, 2, 4).tolist()
@@ -454,7 +460,7 @@ def hf_model(folder) -> Qwen2VLForConditionalGeneration:
     return Qwen2VLForConditionalGeneration.from_pretrained(folder).eval()
 
 
-def ours(folder, rollout, processor, cfg, adv=ADV, reference=None, lr=0.05):
+def ours(folder, rollout, processor, cfg, adv=ADV, reference=None, lr=0.03):
     """Gradients of each step, the last step's metrics, and the weights after, of update()."""
     model = Qwen2VL.from_pretrained(folder)
     sgd = Record(model, lr)
@@ -462,7 +468,7 @@ def ours(folder, rollout, processor, cfg, adv=ADV, reference=None, lr=0.05):
     return sgd.seen, found, dict(model.named_parameters())
 
 
-def twin(folder, rollout, processor, cfg, adv=ADV, reference=None, lr=0.05):
+def twin(folder, rollout, processor, cfg, adv=ADV, reference=None, lr=0.03):
     """The same of the naive twin."""
     hf = hf_model(folder)
     sgd = Record(hf, lr)
@@ -492,7 +498,7 @@ def test_loss_and_gradient_are_those_of_the_naive_twin(mean, ratio, folder, roll
         assert len(seen) == 2
         for step in (0, 1):
             assert distance(seen[step], expected[step]) < 1e-5, (micro, step)
-        assert found["loss"] == pytest.approx(naive["loss"], abs=1e-6)
+        assert found["loss"] == pytest.approx(naive["loss"], abs=1e-5)
         assert found["clip_share"] == pytest.approx(naive["clip_share"])
 
 
@@ -539,7 +545,7 @@ def test_truncated_completions_do_not_train_if_masked(mean, ratio, folder, rollo
     seen, found, _ = ours(folder, rollout, processor, cfg)
     for step in (0, 1):
         assert distance(seen[step], expected[step]) < 1e-5
-    assert found["loss"] == pytest.approx(naive["loss"], abs=1e-6)
+    assert found["loss"] == pytest.approx(naive["loss"], abs=1e-5)
     unmasked, _, _ = ours(folder, rollout, processor, replace(cfg, mask_truncated=False))
     assert distance(seen[0], unmasked[0]) > 1e-2
 
@@ -679,7 +685,8 @@ def test_bfloat16_updates_are_near_the_twin_and_see_each_others_steps(folder, ro
         seen, found, weights = ours(folder, rollout, processor, cfg)
     assert {p.dtype for p in weights.values()} == {torch.float32}
     for step in (0, 1):
-        a, b = (torch.cat([x[k].flatten() for k in x]) for x in (seen[step], expected[step]))
+        both = (seen[step], expected[step])
+        a, b = (torch.cat([x[k].flatten() for k in sorted(x)]) for x in both)
         assert torch.cosine_similarity(a, b, dim=0) > 0.97
     assert found["clip_share"] > naive["clip_share"] / 2
 
@@ -713,18 +720,15 @@ def test_prompts_come_in_the_order_of_the_data(qwen, processor):
         assert (table.shape, now) == ((1, 6, 3), drawn + 6)
 
 
-def test_a_row_gets_other_samples_in_the_next_epoch(qwen, processor):
-    first, _, _ = batch_of(qwen, processor, MIXED[:6], 0)
-    second, _, _ = batch_of(qwen, processor, MIXED[:6], 6)
-    texts = {p.example.problem: t for p, t in zip(first.prompts, first.texts)}
-    assert all(texts[p.example.problem] != t for p, t in zip(second.prompts, second.texts))
+def test_a_row_gets_other_samples_each_time_and_with_each_seed(qwen, processor):
+    """One row, so that its order says nothing: epoch 1, epoch 2, and epoch 1 of another seed."""
+    def texts(drawn, seed=0):
+        return sample_groups(qwen, processor, MIXED[:1], drawn, 1, keys(seed=seed)).texts[0]
 
-
-def test_samples_are_fixed_by_seed_and_settings(qwen, processor):
-    first, again = (sample_groups(qwen, processor, MIXED, 4, 3, keys()) for _ in range(2))
-    assert first.texts == again.texts
-    assert first.texts != sample_groups(qwen, processor, MIXED, 4, 3, keys(seed=1)).texts
-    assert first.ids.shape == (3, 3, 6)
+    assert texts(0) == texts(0)
+    assert not set(texts(0)) & set(texts(1))
+    assert not set(texts(0)) & set(texts(0, seed=1))
+    assert len(set(texts(0))) == 3  # nor are those of a group alike
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_its_row(qwen, processor):
@@ -780,3 +784,290 @@ def test_a_replaced_batch_trains_like_any_other(qwen, folder, processor):
     _, found, _ = ours(folder, rollout, processor, cfg, adv)
     assert found["mismatch"] == pytest.approx(1, abs=1e-4)
     assert found["grad_norm"] > 0.01
+
+
+# ---------------------------------------------------------------------------------------- it learns
+
+REWARD_FILE = """
+def lower(text, example):
+    '''Share of the characters that are small letters.'''
+    return sum("a" <= c <= "z" for c in text) / max(1, len(text))
+"""
+
+
+@pytest.fixture(scope="module")
+def reward_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rewards") / "mine.py"
+    path.write_text(REWARD_FILE)
+    return f"{path}:lower"
+
+
+def learn(folder, processor, reward_file, weight=1.0, steps=25, **changes) -> list[float]:
+    """The loop of train() without its files: the mean of the unweighted reward at each step."""
+    cfg = keys(prompts=4, group=8, max_new=6, temperature=1.0, max_grad_norm=1.0, **changes)
+    rewards = load_rewards((reward_file,), (weight,))
+    policy = Qwen2VL.from_pretrained(folder)
+    reference = Qwen2VL.from_pretrained(folder) if cfg.beta else None
+    optimizers = make_optimizers(policy, cfg.optimizer, 3e-3)
+    means, drawn = [], 0
+    for _ in range(steps):
+        rollout, table, drawn = sample_batch(policy, processor, EXAMPLES, rewards, drawn, cfg)
+        adv = group_advantages(total_reward(table, rewards), cfg.advantage)
+        update(policy, reference, optimizers, rollout, adv, processor.banned_ids, cfg)
+        means.append(float(table.nanmean()))
+    return means
+
+
+VARIANTS = {
+    "GRPO": {},
+    "DAPO": {"mean": "token", "clip_high": 0.28, "dynamic_sampling": 1, "updates_per_batch": 2},
+    "Dr. GRPO": {"mean": "constant", "advantage": "center"},
+    "GSPO": {"ratio": "sequence", "updates_per_batch": 2},
+    "RLOO": {"advantage": "loo", "mean": "token"},
+    "with KL": {"beta": 0.01},
+    "Muon": {"optimizer": "muon"},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_it_learns(name, folder, processor, reward_file):
+    means = learn(folder, processor, reward_file, **VARIANTS[name])
+    assert np.mean(means[-5:]) > np.mean(means[:5]) + 0.2, means
+
+
+def test_with_the_sign_of_the_reward_turned_it_learns_the_opposite(folder, processor, reward_file):
+    means = learn(folder, processor, reward_file, weight=-1.0)
+    assert np.mean(means[-5:]) < np.mean(means[:5]) - 0.2, means
+
+
+# ----------------------------------------------------------------------------------------- the run
+
+
+def test_step_metrics_by_hand(processor):
+    rollout = texts_only([["a"] * 3, ["b"] * 3], ["a", "b"], processor)
+    rollout.lengths = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    rollout.finished = torch.tensor([[True, True, True], [True, True, False]])
+    names = [("accuracy", None, 1.0), ("format", None, 0.5)]
+    table = column([[1, 0, 0], [0, 0, 0]], [[1, 1, 0], [1, 1, 1]])
+    found = step_metrics(rollout, table, names)
+    # rewards 1.5, 0.5, 0 and 0.5, 0.5, 0.5: std of the first sqrt((0.694 + 0.028 + 0.444) / 2)
+    assert found == pytest.approx({
+        "reward": 3.5 / 6, "reward/accuracy": 1 / 6, "reward/format": 5 / 6,
+        "reward_std": (math.sqrt(7 / 12) + 0) / 2, "no_signal": 1 / 2, "no_reward": 0,
+        "format_only": 4 / 6, "length/mean": 3.5, "length/min": 1, "length/max": 6,
+        "truncated": 1 / 6,
+    })  # fmt: skip
+
+
+def test_step_metrics_leave_out_what_has_no_reward(processor):
+    rollout = texts_only([["a"] * 3, ["b"] * 3], ["a", "b"], processor)
+    names, table = [("mine", None, 2.0)], column([[1, NAN, 3], [NAN, NAN, NAN]])
+    found = step_metrics(rollout, table, names)
+    assert (found["reward"], found["reward/mine"]) == (4, 2)
+    assert (found["no_reward"], found["no_signal"]) == (pytest.approx(4 / 6), 0.5)
+    assert "format_only" not in found
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """train.jsonl, with pictures of unequal size and a row without one, and test.jsonl."""
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(6):
+        Image.fromarray(picture(i, 56 + 28 * (i % 2), 84)).save(folder / f"{i}.png")
+    for name, n in (("train", 6), ("test", 3)):
+        lines = [{"problem": f"How many {i}?", "solution": str(i)} for i in range(n)]
+        for i in range(n - 1):
+            lines[i]["images"] = [f"{i}.png"]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_keys(folder, rows, reward_file):
+    """Of a run of 2 steps with everything on; the test adds `out`."""
+    return {
+        "model": str(folder), "data": f"{rows}/train.jsonl", "evals": (f"A={rows}/test.jsonl",),
+        "rewards": (reward_file, "format"), "reward_weights": (1.0, 0.5), "steps": 2, "prompts": 3,
+        "group": 4, "max_new": 6, "micro_prompts": 2, "beta": 0.1, "lr": 1e-3, "probes": 2,
+        "probe_every": 1, "template": "{Question}",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(run_keys, tmp_path_factory):
+    """(folder of a finished run, what train() returned)."""
+    out = tmp_path_factory.mktemp("runs") / "first"
+    return out, train(Config(**run_keys, out=str(out)))
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights_in(folder: Path) -> dict[str, Tensor]:
+    return Qwen2VL.from_pretrained(folder).state_dict()
+
+
+def without_times(row: dict) -> dict:
+    timed = ("seconds", "time/", "completions_per_second")
+    return {k: v for k, v in row.items() if not k.startswith(timed)}
+
+
+def test_a_run_leaves_its_files(finished, run_keys):
+    out, summary = finished
+    names = {p.name for p in out.iterdir()}
+    assert names == {
+        "config.json", "metrics.jsonl", "rollouts.jsonl", "probes.jsonl", "summary.json",
+        "report.html", "images", "eval", "step_000002",
+    }  # fmt: skip
+    assert {p.name for p in (out / "eval").iterdir()} == {"A_before.json", "A_after.json"}
+    config = json.loads((out / "config.json").read_text())
+    assert config["group"] == 4 and config["rewards"] == list(run_keys["rewards"])
+    assert config["clip_low"] == 0.2  # defaults too
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert (summary["steps"], summary["seed"], summary["before"]["A"]["n"]) == (2, 0, 3)
+
+
+def test_a_run_logs_every_step(finished):
+    out, _ = finished
+    one, two = lines_of(out / "metrics.jsonl")
+    assert (one["step"], two["step"]) == (1, 2)
+    assert (one["drawn"], two["drawn"]) == (3, 6)
+    assert (one["lr"], two["lr"]) == pytest.approx((1e-3, 0.5e-3))
+    assert one["kl"] == pytest.approx(0, abs=1e-6) and two["kl"] > 1e-5
+    assert one["mismatch"] == pytest.approx(1, abs=1e-4) == two["mismatch"]
+    assert one["skipped"] == two["skipped"] == 0
+    assert one["reward"] == pytest.approx(one["reward/lower"] + 0.5 * one["reward/format"])
+    assert 1 <= one["length/min"] <= one["length/mean"] <= one["length/max"] <= 6
+    assert two["seconds"] > one["seconds"] > 0 and one["grad_norm"] > 0
+
+
+def test_a_run_logs_samples_with_their_pictures(finished, rows):
+    out, _ = finished
+    logged = lines_of(out / "rollouts.jsonl")
+    assert [row["step"] for row in logged] == [1, 1, 1, 2, 2, 2]
+    assert sorted(row["problem"] for row in logged) == [f"How many {i}?" for i in range(6)]
+    for row in logged:
+        i = int(row["solution"])
+        assert row["row"] == f"train.jsonl:{i + 1}" and row["problem"] in row["prompt"]
+        assert len(row["images"]) == (i < 5)
+        for name in row["images"]:  # each question has its own picture
+            shown = np.asarray(Image.open(out / name))
+            assert np.array_equal(shown, np.asarray(Image.open(rows / f"{i}.png")))
+        rewards = [c["rewards"]["lower"] + 0.5 * c["rewards"]["format"] for c in row["completions"]]
+        assert [c["reward"] for c in row["completions"]] == pytest.approx(rewards)
+        adv = group_advantages(column(rewards))[0].tolist()
+        assert [c["advantage"] for c in row["completions"]] == pytest.approx(adv, abs=1e-3)
+
+
+def test_a_run_follows_the_same_questions(finished):
+    out, _ = finished
+    logged = lines_of(out / "probes.jsonl")
+    assert [row["step"] for row in logged] == [0, 1, 2]
+    for row in logged:
+        assert [a["problem"] for a in row["answers"]] == ["How many 0?", "How many 1?"]
+        assert all((out / name).is_file() for a in row["answers"] for name in a["images"])
+
+
+def test_transformers_loads_the_checkpoint_and_gives_the_same_log_probs(finished, rollout):
+    out, _ = finished
+    saved = out / "step_000002"
+    processor, model = Processor.from_pretrained(saved), Qwen2VL.from_pretrained(saved)
+    with torch.no_grad():
+        logp = score(model, rollout, 1.0, processor.banned_ids)[0][rollout.mask]
+        naive = torch.cat(naive_logp(hf_model(saved), rollout, processor, 1.0))
+    assert (logp - naive).abs().max() < 1e-4
+
+
+def test_a_run_changed_the_weights_it_was_given(finished, folder):
+    out, _ = finished
+    before, after = weights_in(folder), weights_in(out / "step_000002")
+    moved = [k for k in after if not torch.equal(after[k], before[k])]
+    assert len(moved) > 0.9 * len(after)
+    assert all(v.isfinite().all() for v in after.values())
+
+
+def test_a_second_run_gets_a_folder_of_its_own_and_a_seed_fixes_everything(
+    finished, run_keys, capsys
+):
+    out, _ = finished
+    train(Config(**run_keys, out=str(out)))
+    second = out.with_name("first_2")
+    assert f"this one goes to {second}" in capsys.readouterr().err
+    for name in ("metrics.jsonl", "rollouts.jsonl", "probes.jsonl"):
+        old, new = (list(map(without_times, lines_of(f / name))) for f in (out, second))
+        assert old == new, name
+    old, new = weights_in(out / "step_000002"), weights_in(second / "step_000002")
+    assert all(torch.equal(new[k], old[k]) for k in old)
+
+
+def test_another_seed_gives_another_run(finished, run_keys, tmp_path):
+    train(Config(**{**run_keys, "steps": 1, "evals": (), "probes": 0, "seed": 1},
+                 out=str(tmp_path / "run")))
+    one, other = (lines_of(f / "metrics.jsonl")[0] for f in (finished[0], tmp_path / "run"))
+    assert one["reward"] != other["reward"]
+
+
+def test_a_run_goes_on_from_the_newest_checkpoint_of_another(finished, run_keys, tmp_path):
+    """And saves every save_every steps. With a step size of next to none it stays where it was."""
+    changes = {"model": str(finished[0]), "lr": 1e-12, "evals": (), "save_every": 1}
+    train(Config(**{**run_keys, **changes}, out=str(tmp_path / "run")))
+    saved = sorted(p.name for p in (tmp_path / "run").glob("step_*"))
+    assert saved == ["step_000001", "step_000002"]
+    old, new = weights_in(finished[0] / "step_000002"), weights_in(tmp_path / "run" / "step_000002")
+    assert all(torch.allclose(new[k], old[k], rtol=0, atol=1e-10) for k in old)
+
+
+def test_a_run_that_only_skips_stops_and_says_what_to_try(run_keys, folder, tmp_path):
+    """With a reward of size 1e37 the loss is finite, and the norm of the gradient is not."""
+    changes = {"reward_weights": (1e37, 1.0), "advantage": "center", "evals": (), "steps": 9}
+    cfg = Config(**{**run_keys, **changes}, out=str(tmp_path / "run"))
+    with pytest.raises(SystemExit, match="step 5: 5 updates in a row were not finite"):
+        train(cfg)
+    logged = lines_of(tmp_path / "run" / "metrics.jsonl")
+    assert all(row["skipped"] == 1 and math.isfinite(row["loss"]) for row in logged)
+    assert not list((tmp_path / "run").glob("step_*"))
+
+
+MISTAKES = [
+    (["--group", "1"], "group 1"),
+    (["--rewards", "accuracy"], "reward_weights: 2 for 1 rewards"),
+    (["--evals", "world:A:n=5"], "is not NAME=SOURCE"),
+    (["--evals", "A=world:A:n=5,test.jsonl"], "'test.jsonl' is not NAME=SOURCE"),
+    (["--advantage", "grup"], "advantage"),
+    (["--beta", "-0.1"], "beta"),
+    (["--temperature", "0"], "temperature"),
+    (["--grupo", "4"], "group"),
+    (["--micro_prompts", "0"], "micro_prompts"),
+]
+
+
+@pytest.mark.parametrize(("argv", "told"), MISTAKES)
+def test_mistakes_in_the_config_are_refused(argv, told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Config, argv)
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_the_defaults_and_several_evals_are_accepted():
+    validate(Config())
+    found = parse(Config, ["--evals", "A=world:A:n=5,B=b.jsonl"])
+    assert found.evals == ("A=world:A:n=5", "B=b.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--model", "nowhere"], "model nowhere: neither a checkpoint"),
+        (["--rewards", "acuracy", "--reward_weights", "1"], "accuracy"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: neither a .jsonl file"),
+    ],
+)
+def test_main_tells_mistakes_in_one_line_and_leaves_no_folder(argv, told, folder, tmp_path):
+    given = [] if "--model" in argv else ["--model", str(folder)]
+    with pytest.raises(SystemExit, match="error: ") as stop:
+        main([*given, *argv, "--out", str(tmp_path / "run")])
+    assert told in str(stop.value)
+    assert not (tmp_path / "run").exists()

@@ -178,7 +178,7 @@ def test_a_folder_without_a_checkpoint_is_refused_by_name(tmp_path, there):
     folder = tmp_path / "nothing here"
     if there is not None:
         checkpoint_like(folder, *there or ("notes.txt",))
-    with pytest.raises(ValueError, match="nothing here: neither a checkpoint .* nor a run"):
+    with pytest.raises(ValueError, match=r"nothing here: neither a checkpoint .* nor a run"):
         newest_checkpoint(str(folder))
 
 
@@ -267,7 +267,7 @@ def test_later_steps_are_added_with_pictures_of_their_own(made, tmp_path):
 
 
 def test_probes_are_greedy_answers_to_the_same_questions(made, tmp_path):
-    rewards = [("same", lambda text, example: float(len(text)), 1.0), ("none", lambda *_: None, 1.0)]
+    rewards = [("same", lambda text, _: float(len(text)), 1.0), ("none", lambda *_: None, 1.0)]
     for step in (0, 5):
         log_probes(tmp_path, step, made.model, made.processor, made.prompts, rewards, 6)
     found = lines(tmp_path / "probes.jsonl")

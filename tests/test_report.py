@@ -58,7 +58,7 @@ def a_run(folder, word="two", steps=3):
     row = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "format": 1.0, "unparsable": 0.25, "n": 4}
     (folder / "summary.json").write_text(json.dumps({"before": {word: row}, "after": {word: row}}))
     lines(folder / "metrics.jsonl", *(
-        {"step": s, "reward": s / 4, f"reward/{word}": 0.5, "kl": 0.0, word: word, "clip_share": 0.5,
+        {"step": s, "reward": s / 4, f"reward/{word}": 0.5, "kl": 0.0, word: word, "entropy": 0.5,
          "length/mean": 5.0, "length/min": 2.0, "length/max": 9.0} for s in range(1, steps + 1)))
     asked = {"problem": word, "solution": word, "images": ["images/a.png", word]}
     lines(folder / "probes.jsonl", *(
@@ -74,7 +74,8 @@ def a_run(folder, word="two", steps=3):
 
 def test_a_broken_line_is_skipped_and_the_others_are_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n\xff{"st\n[' + b"[" * 100_000 + b'\n7\n{"step": 2}\n{"step": 3, "re')
+    deep = b"[" * 100_000
+    path.write_bytes(b'{"step": 1}\n\xff{"st\n' + deep + b'\n7\n{"step": 2}\n{"step": 3, "re')
     assert report.read(path) == [{"step": 1}, {"step": 2}]
 
 
@@ -202,7 +203,7 @@ def test_a_curve_goes_from_corner_to_corner():
     want = [(report.LEFT, report.BOTTOM), middle, (report.RIGHT, report.TOP)]
     assert np.allclose(numbers(svg, "line"), want) and np.allclose(numbers(svg, "dots"), want)
     assert "<h3>X <b>4</b></h3>" in svg and "<title>step 2: 2</title>" in svg
-    assert [t for t in re.findall(r"<text[^>]*>([^<]*)", svg)] == list("01234") + list("123")
+    assert re.findall(r"<text[^>]*>([^<]*)", svg) == [*"01234", *"123"]
 
 
 def test_a_share_is_drawn_in_per_cent_on_its_whole_axis():
@@ -218,11 +219,14 @@ def test_a_band_reaches_from_its_lower_to_its_upper_edge():
 
 
 def test_one_spike_neither_flattens_the_chart_nor_bends_the_line():
-    data = np.array([np.arange(300), np.ones(300)])
-    data[1, 150] = 1e6
-    svg = report.draw(Curve("x", "X", ""), data)
-    assert np.allclose(numbers(svg, "line")[:, 1], 10)  # all at 1, the top of the axis
-    assert numbers(svg, "dots")[:, 1].min() == 10
+    flat = np.array([np.arange(300), np.repeat([1.0, 2.0], 150)])
+    data = flat.copy()
+    data[1, 75] = 1e6
+    bare, svg = (report.draw(Curve("x", "X", ""), d) for d in (flat, data))
+    heights = numbers(svg, "line")[:, 1]
+    assert np.allclose(heights[[0, -1]], [68, 10])  # 1 and 2 on an axis from 0 to 2
+    assert np.abs(heights - numbers(bare, "line")[:, 1]).max() < 5  # of 116
+    assert numbers(svg, "dots")[75, 1] == 10 and "1e" not in svg
 
 
 def test_a_single_step_and_huge_or_tiny_values_can_be_drawn():
@@ -287,7 +291,10 @@ def test_samples_are_of_the_first_the_middle_and_the_last_step(tmp_path):
 
 
 def test_every_string_of_a_run_is_escaped(tmp_path):
-    text = report.page(a_run(tmp_path, EVIL + "\0\ud800"))
+    folder = tmp_path / "<b>run"
+    folder.mkdir()
+    text = report.write(a_run(folder, EVIL + "\0\ud800")).read_text(encoding="utf-8")
+    assert text.count("&lt;b&gt;run") == 2
     assert EVIL not in text and text.count(SHOWN) > 15
     tags = Page(text).tags
     assert {tag for tag, _ in tags}.isdisjoint(("script", "iframe", "object"))
@@ -297,7 +304,8 @@ def test_every_string_of_a_run_is_escaped(tmp_path):
 
 def test_the_page_refers_to_nothing_outside_itself(tmp_path):
     text = report.page(a_run(tmp_path))
-    links = [a[k] for _, a in Page(text).tags for k in ("src", "href", "srcset", "action") if k in a]
+    names = ("src", "href", "srcset", "action")
+    links = [a[name] for _, a in Page(text).tags for name in names if name in a]
     assert len(links) == 4 and all(link.startswith("data:") for link in links)
     assert not re.search(r"https?://|@import|url\(|<script", text)
     assert "default-src 'none'; img-src data:; style-src" in text

@@ -356,11 +356,11 @@ def test_another_world_is_drawn_anew(cache, tmp_path, monkeypatch):
     for source in ("world:A:n=2", "world:A:n=3", "world:A:n=2:seed=1", "world:B:n=2"):
         load_examples(source)
     assert len(list(cache.glob("*.npy"))) == 4
-    changed = tmp_path / "world.py"
-    changed.write_text("# another version\n")
-    monkeypatch.setattr(world, "__file__", str(changed))
-    load_examples("world:A:n=2")
-    assert len(list(cache.glob("*.npy"))) == 5
+    (tmp_path / "changed.py").write_text("# another version\n")
+    for count, module in enumerate((world, world.draw), 5):
+        monkeypatch.setattr(module, "__file__", str(tmp_path / "changed.py"))
+        load_examples("world:A:n=2")
+        assert len(list(cache.glob("*.npy"))) == count
 
 
 def test_a_drawing_that_is_broken_off_leaves_nothing_behind(cache, monkeypatch):

@@ -56,6 +56,14 @@ def test_every_count_is_equally_likely():
     assert max(abs(n - 50) for n in found.values()) < 23
 
 
+def test_sizes_materials_and_rotations_are_drawn_evenly():
+    """Few objects, so that no crowd favours small ones: 600, with standard deviation 12."""
+    things = [one for scene in world.make_scenes(200, objects=(3, 3)) for one in scene["objects"]]
+    for key, value in (("size", "large"), ("material", "metal")):
+        assert abs(sum(one[key] == value for one in things) - 300) < 45
+    assert np.histogram([one["rotation"] for one in things], 4, (0, 360))[0].min() > 110
+
+
 def test_objects_keep_clevrs_distance_and_margin_on_clevrs_ground():
     for scene in world.make_scenes(30, objects=(8, 10)):
         for one in scene["objects"]:
@@ -81,6 +89,14 @@ def test_all_objects_can_be_seen_and_lie_in_the_frame(size):
                 assert one["visible_pixels"] <= (x2 - x1) * (y2 - y1)
 
 
+@pytest.mark.parametrize("size", [(300, 60), (60, 300)])
+def test_long_pictures_ask_for_no_more_than_their_middle(size):
+    """200 of 320 x 240 is 12.5 of the 80 x 60 in use, but 47 of all 300 x 60."""
+    seen = [one["visible_pixels"] for scene in world.make_scenes(20, size=size, objects=(8, 10))
+            for one in scene["objects"]]
+    assert 12.5 <= min(seen) < 47
+
+
 def test_relationships_are_clevrs():
     """j is left of i where the way from i to j, along left, is over 0.2."""
     for scene in world.make_scenes(5):
@@ -102,8 +118,9 @@ def test_a_scene_depends_on_its_own_number_only():
 
 
 def test_parts_seeds_and_splits_are_apart():
-    seen = [layout(scene) for part in world.PARTS for seed in (0, 1) for split in "ABC"
-            for scene in world.make_scenes(10, split, seed, part)]
+    """The place of the eye is the first thing drawn, whatever the split."""
+    seen = [tuple(scene["camera"]["eye"]) for part in world.PARTS for seed in (0, 1)
+            for split in "ABC" for scene in world.make_scenes(10, split, seed, part)]
     assert len(set(seen)) == len(seen) == 180
 
 
@@ -227,6 +244,13 @@ def test_answers_are_those_of_a_reader_who_sees_no_program(kind, split):
             assert world.execute(asked["program"], scene) == asked["answer"]
             kinds.add(type(asked["answer"]))
     assert kinds == ({str} if kind == "compare" else {int})
+
+
+def test_phrases_are_english():
+    wanted = {"shape": "torus", "material": "metal", "size": "small"}
+    assert world.phrase(wanted, "item") == "small metal toruses"
+    assert world.phrase(wanted, "item", plural=False) == "small metal torus"
+    assert world.phrase({"color": "red"}, "item") == "red items"
 
 
 def test_the_same_generator_asks_the_same_questions():
