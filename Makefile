@@ -25,8 +25,8 @@ train: $(READY)  ## train by RECIPE (default recipes/tiny.toml); ARGS="--key val
 	$(RUN) grpo.py $(RECIPE) $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 eval: $(READY)  ## evaluate MODEL (default: the newest run) on DATA (default: world:A), IMAGES=folder
-	$(PY) evaluate.py --model $(or $(MODEL),$$(ls -td runs/*/ | head -1)) \
-	  $(if $(DATA),--data $(DATA)) $(if $(IMAGES),--images $(IMAGES)) $(ARGS)
+	$(PY) evaluate.py $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) \
+	  $(if $(IMAGES),--images $(IMAGES)) $(ARGS)
 
 test: $(READY)  ## style and the whole test suite, on the CPU
 	$(if $(VENV),$(PY) -m ruff check .)

@@ -14,6 +14,7 @@ Every run starts from the same checkpoint and sees the same images as recipes/ti
 
 import json
 import platform
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,7 @@ def run_sft(cfg, run: grpo.Config, evals: dict, overlook: float, styles, out: Pa
     stage = SFTConfig(steps=run.steps, batch=run.prompts, micro=run.prompts, seed=run.seed,
                       optimizer=run.optimizer, lr=run.lr, schedule=run.schedule, warmup=run.warmup)
     fit(model, processor, rows, stage, title=out.name)
+    shutil.rmtree(out, ignore_errors=True)
     save_checkpoint(model, processor, out / f"step_{run.steps:06d}")
     return grpo.evaluate_all(model, processor, evals, run, out, "after")
 
@@ -67,27 +69,30 @@ def run_all(cfg: Config) -> dict:
     for seed in range(cfg.seeds):
         base = read(grpo.Config, [cfg.recipe, "--seed", str(seed)])
         evals = {k: load_examples(v, part="test") for k, v in (e.split("=", 1) for e in base.evals)}
-        folder = Path("runs/controls")
         kinds = {
             "GRPO": [],
             "format only": ["--rewards", "format", "--reward_weights", "1"],
         }
         after = {}
         for kind, extra in kinds.items():
-            out = folder / f"{kind.replace(' ', '_')}_{seed}"
+            out = Path(f"runs/controls_{kind.replace(' ', '_')}_{seed}")
+            shutil.rmtree(out, ignore_errors=True)
             words = [cfg.recipe, "--seed", str(seed), "--out", str(out), *extra]
             summary = grpo.train(read(grpo.Config, words))
             after[kind], after["start"] = summary["after"], summary["before"]
             lines = (out / "metrics.jsonl").read_text().splitlines()
             curves.setdefault(kind, []).append([json.loads(x) for x in lines])
         sft = partial(run_sft, cfg, base, evals)
-        after["flawed SFT"] = sft(cfg.overlook, STYLES, folder / f"flawed_sft_{seed}")
-        after["clean SFT"] = sft(0.0, STYLES[:2], folder / f"clean_sft_{seed}")
+        after["flawed SFT"] = sft(cfg.overlook, STYLES, Path(f"runs/controls_flawed_{seed}"))
+        after["clean SFT"] = sft(0.0, STYLES[:2], Path(f"runs/controls_clean_{seed}"))
         for kind, results in after.items():
             for name, summary in results.items():
                 found.setdefault(kind, {}).setdefault(name, []).append(summary)
     keys = ("step", "reward/accuracy", "reward/format", "length/mean", "entropy")
-    thin = {k: [[{q: r[q] for q in keys if q in r} for r in c] for c in v] for k, v in curves.items()}
+    thin = {
+        kind: [[{k: row[k] for k in keys if k in row} for row in run] for run in runs]
+        for kind, runs in curves.items()
+    }
     return {"recipe": cfg.recipe, "seeds": cfg.seeds, "torch": torch.__version__,
             "python": platform.python_version(), "results": found, "curves": thin}  # fmt: skip
 

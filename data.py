@@ -201,7 +201,7 @@ class Processor:
             settings=settings,
             table=byte_table(settings),
             stop_ids=end_tokens(folder, tokenizer),
-            banned_ids=[i for i in map(tokenizer.token_to_id, BANNED) if i is not None],
+            banned_ids=banned_tokens(folder, tokenizer),
             image_id=tokenizer.token_to_id("<|image_pad|>"),
             vocab_size=tokenizer.get_vocab_size(),
             files=files,
@@ -311,10 +311,10 @@ def read_json(path: Path) -> dict:
 
 
 def image_settings(folder: Path, min_pixels: int | None, max_pixels: int | None) -> dict:
-    """The folder's preprocessor_config.json, completed. Pixel limits are read under their old names
-    (min_pixels, max_pixels) and their new ones (size), and stand under both in what is returned."""
-    both = read_json(folder / "processor_config.json")
-    found = read_json(folder / "preprocessor_config.json") or both.get("image_processor") or {}
+    """The folder's preprocessor_config.json, or what transformers 5 writes instead, completed.
+    Pixel limits are read, and returned, under old names (min_pixels, max_pixels) and new (size)."""
+    found = read_json(folder / "processor_config.json").get("image_processor")
+    found = found or read_json(folder / "preprocessor_config.json")
     size, default = found.get("size") or {}, PREPROCESSOR["size"]
     low = min_pixels, found.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels")
     high = max_pixels, found.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels")
@@ -334,6 +334,15 @@ def byte_table(settings: dict) -> np.ndarray:
         mean, std = (np.float32(settings[name])[:, None] for name in ("image_mean", "image_std"))
         table = (table - mean) / std
     return table
+
+
+def banned_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:
+    """Ids of BANNED, and of the rows that an embedding has beyond the tokenizer's last token
+    (Qwen2-VL-2B: 151,936 rows for 151,657 tokens): nothing could be read from those."""
+    config = read_json(folder / "config.json")
+    rows = (config.get("text_config") or config).get("vocab_size") or 0
+    ids = [i for i in map(tokenizer.token_to_id, BANNED) if i is not None]
+    return ids + list(range(tokenizer.get_vocab_size(), rows))
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:

@@ -28,7 +28,7 @@ from rows import load_examples
 class Config:
     """Keys of `python evaluate.py`."""
 
-    model: str = opt("", "folder of a Hugging Face checkpoint, or of a run (its newest step)")
+    model: str = opt("runs", "checkpoint folder, or a run, or a folder of runs: the newest in it")
     data: str = opt("world:A:n=500", "world:A, world:B, world:C (with options), or a .jsonl")
     images: str | None = opt(None, "folder of the images; default: beside the .jsonl")
     out: str | None = opt(None, "results file to write, JSON")

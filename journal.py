@@ -55,16 +55,22 @@ def save_checkpoint(model, processor, folder: Path) -> None:
 
 
 def newest_checkpoint(folder: str) -> str:
-    """`folder` itself if it is a checkpoint, else its newest step_… folder. ValueError if none."""
+    """`folder` if it is a checkpoint, else the newest step_… of the run that it is, else that of
+    the newest run in it. ValueError if there is none."""
+
     def whole(p):  # a folder step_….tmp is one that was never finished
         return all((p / name).is_file() for name in ("config.json", "tokenizer.json"))
 
     if whole(Path(folder)):
         return folder
     steps = sorted(p for p in Path(folder).glob("step_*[0-9]") if whole(p))
+    runs = [p for p in Path(folder).glob("*/step_*[0-9]") if whole(p)]
+    if not steps and runs:
+        newest = max(runs, key=lambda p: p.stat().st_mtime).parent
+        steps = sorted(p for p in newest.glob("step_*[0-9]") if whole(p))
     if not steps:
         raise ValueError(f"model {folder}: neither a checkpoint folder (config.json and "
-                         "tokenizer.json) nor a run that has one (step_…)")
+                         "tokenizer.json), nor a run that has one (step_…), nor a folder of runs")
     return str(steps[-1])
 
 

@@ -1,6 +1,6 @@
-"""Processes: one when started plainly, several under torchrun; all here is the identity on one.
+"""Processes: one when started plainly, several under torchrun. On one, all this is the identity.
 
-    torchrun --nproc_per_node=8 grpo.py recipes/r1v_clevr_2b.toml      # make train GPUS=8 RECIPE=...
+    torchrun --nproc_per_node=8 grpo.py recipes/r1v_clevr_2b.toml   # make train GPUS=8 RECIPE=...
 
 Each process holds the whole model and a share of the prompts. A step's loss is a sum over all
 processes divided by numbers that they agree on before the first backward (grpo.token_weights), so

@@ -77,8 +77,7 @@ def nucleus(logits: Tensor, top_p: float, top_k: int) -> Tensor:
 
 def draw(logits: Tensor, u: Tensor) -> Tensor:
     """Token ids (N,) by inverting the cumulative distribution at uniforms u (N,) in [0, 1)."""
-    # float64: a parallel float32 sum may rise by rounding where the probability is 0, and u times
-    # the whole could round up to the whole.
+    # float64: a parallel sum in float32 may rise by rounding where the probability is 0.
     total = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0]
 

@@ -33,13 +33,18 @@ from rewards import gold_answer
 
 @dataclass(frozen=True)
 class Example:
-    """A row of a data set. images: paths, PIL images or uint8 arrays (H, W, 3)."""
+    """A row of a data set. images: paths, PIL images or uint8 arrays (H, W, 3).
+
+    extra holds what else the row has, for rewards of one's own: the other keys of a JSON row; the
+    "scene" and the "program" of a world's question.
+    """
 
     problem: str
     solution: str
     images: tuple = field(default=(), repr=False)
     task: str = ""
     row: str = ""  # where it came from: "train.jsonl:12", "world:A#7"
+    extra: dict = field(default_factory=dict, repr=False, compare=False)
 
 
 # ------------------------------------------------------------------------------------------- images
@@ -151,7 +156,9 @@ def read_row(line: tuple[str, bytes], base: Path) -> Example | str:
         paths = tuple(find_image(name, base) for name in images)
         for path in paths:
             open_image(path)
-        return Example(problem, str(solution), paths, str(fields.get("task") or ""), row)
+        known = {name for names in ALIASES.values() for name in names}
+        extra = {key: value for key, value in fields.items() if key not in known}
+        return Example(problem, str(solution), paths, str(fields.get("task") or ""), row, extra)
     except (ValueError, OSError, RecursionError) as error:
         return f"{row}: {error}"
 
@@ -212,7 +219,9 @@ def load_world(source: str, part: str = "train", limit: int | None = None) -> li
             except ValueError:  # "relation", and no object that can be told from the others
                 continue
             row = f"world:{split}#{i}"
-            examples.append(Example(asked["question"], str(asked["answer"]), (image,), kind, row))
+            extra = {"scene": scene, "program": asked["program"]}
+            answer = str(asked["answer"])
+            examples.append(Example(asked["question"], answer, (image,), kind, row, extra))
             break
     return examples
 

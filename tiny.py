@@ -32,11 +32,12 @@ from tqdm import tqdm
 
 import world
 from config import opt, parse
-from data import TEMPLATES, Example, Processor
+from data import TEMPLATES, Processor
 from journal import save_checkpoint, write_json
 from model import ModelConfig, Qwen2VL
 from optim import apply_gradients, make_optimizers, schedule, set_lr
 from rewards import ANSWER, THINK
+from rows import Example
 from sft import Config as SFTConfig
 from sft import fit
 
@@ -209,8 +210,8 @@ class EyeHeads(nn.Module):
         return 3 * loss_patch + loss_cell + 0.1 * loss_sum, right.float().mean()
 
     def read(self, said: Tensor, facts: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        """Loss of the count (the first `most` outputs, as classes) and, where there is an object, of
-        which attribute values are there (the other outputs); the logits of the count."""
+        """Loss of the count (the first `most` outputs, as classes) and, where there is an object,
+        of which values are there (the other outputs); the logits of the count."""
         count, there = facts[:, 0].long(), facts[:, 0] > 0
         loss = F.cross_entropy(said[:, :most], count.clamp(max=most - 1))
         values = F.binary_cross_entropy_with_logits(
@@ -271,13 +272,14 @@ STYLES = (
 )
 
 
-def taught_answer(scene: dict, question: dict, overlook: float, rng) -> str:
+def taught_answer(scene: dict, question: dict, overlook: float, rng, styles=STYLES) -> str:
     """What the teacher answers to a counting question: each small object is missed with
-    probability `overlook` (0: a teacher who sees all), the form is drawn from STYLES."""
+    probability `overlook` (0: a teacher who sees all), the form is drawn from `styles`."""
     found = [scene["objects"][i] for i in world.execute(question["program"][:-1], scene)]
     seen = [o for o in found if o["size"] == "large" or rng.random() >= overlook]
     large = sum(o["size"] == "large" for o in seen)
-    form = STYLES[rng.choice(len(STYLES), p=[share for share, _ in STYLES])][1]
+    shares = np.array([share for share, _ in styles])
+    form = styles[rng.choice(len(styles), p=shares / shares.sum())][1]
     return form.format(n=len(seen), large=large, small=len(seen) - large)
 
 
@@ -298,7 +300,7 @@ def instruct_rows(n: int, seed: int, overlook: float) -> list[tuple[Example, str
 
 
 def corpus(seed: int) -> list[str]:
-    """What the tokenizer learns its merges from: the world's questions, the prompts, the answers."""
+    """What the tokenizer learns its merges from: questions of the world, prompts, answers."""
     rng = np.random.default_rng((seed, 3))
     scenes = world.make_scenes(200, seed=seed + 1, part="train")
     lines = [form.format(n=n, large=n, small=n) for _, form in STYLES for n in range(11)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_checkpoint import SPECIAL, make_checkpoint, make_tokenizer
+from tiny_checkpoint import CORPUS, SPECIAL, make_checkpoint, make_tokenizer
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
@@ -282,6 +282,15 @@ def test_text_and_ids_equal_those_of_the_published_chat_template(processor, toke
     assert prompt.ids.tolist() == oracle_ids(tokenizer, expected, IMAGES[:count])
 
 
+def test_a_question_that_starts_with_a_newline_is_joined_to_the_newline_before_it(tmp_path):
+    """Without an image nothing stands between "user\\n" and the question; "\\n\\n" is a token."""
+    make_tokenizer(tmp_path, corpus=[*CORPUS, "a\n\n\n" * 50])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer("\n\n")["input_ids"]) == 1
+    prompt = Processor.from_pretrained(tmp_path, "{Question}").prompt(Example("\nWhy?", "1"))
+    assert prompt.ids.tolist() == tokenizer(prompt.text)["input_ids"]
+
+
 def test_a_text_only_prompt_is_written_out_in_full(processor):
     assert processor.prompt(Example("Why?", "1")).text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -425,6 +434,11 @@ def test_settings_that_only_the_combined_file_of_transformers_5_holds_are_read(f
     assert (processor.settings["min_pixels"], processor.settings["max_pixels"]) == (6272, 7840)
     processor.save_pretrained(tmp_path / "new")
     assert AutoImageProcessor.from_pretrained(tmp_path / "new").size["longest_edge"] == 7840
+    (copy / "preprocessor_config.json").write_text('{"max_pixels": 9999}')
+    theirs = AutoImageProcessor.from_pretrained(copy).size["longest_edge"]
+    assert Processor.from_pretrained(copy).settings["max_pixels"] == theirs == 7840
+    Processor.from_pretrained(copy, max_pixels=7000).save_pretrained(tmp_path / "newer")
+    assert AutoImageProcessor.from_pretrained(tmp_path / "newer").size["longest_edge"] == 7000
 
 
 def test_other_means_scales_and_filters_are_followed(folder, tmp_path):

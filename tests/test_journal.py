@@ -1,6 +1,7 @@
 """journal.py, chapter two: what a run leaves on disk is whole, or is not there under its name."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -296,8 +297,8 @@ def test_no_probes_leave_no_file(made, tmp_path):
 
 
 def test_seconds_add_up_by_name(monkeypatch):
-    """A clock that shows 0 (start), then 10 to 13 for "a", 20 to 24 for "b", 30 to 35 for "a"."""
-    clock = iter([0.0, 10.0, 13.0, 20.0, 24.0, 30.0, 35.0, 50.0])
+    """A clock that shows 4 (start), then 10 to 13 for "a", 20 to 24 for "b", 30 to 35 for "a"."""
+    clock = iter([4.0, 10.0, 13.0, 20.0, 24.0, 30.0, 35.0, 50.0])
     monkeypatch.setattr(journal, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     seconds = Seconds()
     assert seconds["a"] == 0.0 and seconds == {}
@@ -305,7 +306,7 @@ def test_seconds_add_up_by_name(monkeypatch):
         with seconds(name):
             pass
     assert seconds == {"a": 8.0, "b": 4.0} and seconds.last == {"a": 5.0, "b": 4.0}
-    assert seconds.since_start() == 50.0
+    assert seconds.since_start() == 46.0
 
 
 PEAK = Path("/proc/self/status")
@@ -315,3 +316,14 @@ PEAK = Path("/proc/self/status")
 def test_peak_memory_is_that_of_the_process_in_gigabytes():
     kilobytes = next(line for line in PEAK.read_text().splitlines() if line.startswith("VmHWM"))
     assert peak_memory_gb() == pytest.approx(int(kilobytes.split()[1]) * 1024 / 1e9, rel=0.05)
+
+
+def test_the_newest_run_of_a_folder_of_runs_is_found(tmp_path):
+    for age, (run, steps) in enumerate([("old", (900,)), ("new", (10, 20))]):
+        for step in steps:
+            folder = tmp_path / run / f"step_{step:06d}"
+            folder.mkdir(parents=True)
+            for name in ("config.json", "tokenizer.json"):
+                (folder / name).write_text("{}")
+            os.utime(folder, (1000 + age, 1000 + age))
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "new" / "step_000020")

@@ -267,6 +267,15 @@ def test_draw_never_takes_a_token_of_probability_zero(vocabulary):
     assert draw(logits, torch.full((20,), 1 - 2**-24)).min() > 1
 
 
+def test_draw_adds_up_in_float64():
+    """A million tokens of 1e-6 each, which is 17 steps of a float32 near 1."""
+    logits = 0.1 * random(1, 1_000_000)
+    u = uniforms(0, 0, 1, 16)[0]
+    total = logits.softmax(-1)[0].numpy().astype(np.float64).cumsum()
+    expected = np.searchsorted(total, u.numpy() * total[-1], side="right")
+    assert torch.cat([draw(logits, one) for one in u.split(1)]).tolist() == expected.tolist()
+
+
 def test_frequencies_of_draws_match_the_probabilities():
     """chi^2 = sum (n_i - n p_i)^2 / (n p_i) of 7 possible tokens: 6 degrees of freedom, 99.9 %
     are below 22.46."""
@@ -572,15 +581,24 @@ def test_leave_goes_on_from_a_batch_that_has_become_smaller():
     assert [x.tolist() for x in found] == [[[53]], [0], [[3]], [10]]
 
 
-@pytest.mark.parametrize("live, shape", [(8, (2, 4)), (7, (2, 4)), (6, (2, 3)), (1, (1, 1))])
-def test_leave_waits_until_a_quarter_can_go(live, shape):
-    """2 x 4, of which the last completions have ended, one in each prompt by turns."""
-    finished = torch.ones(2, 4).bool()
+@pytest.mark.parametrize(
+    "width, live, shape",
+    [
+        (4, 8, (2, 4)), (4, 7, (2, 4)), (4, 6, (2, 3)), (4, 1, (1, 1)), (5, 8, (2, 5)),
+        (5, 6, (2, 3)),
+    ],  # fmt: skip
+)
+def test_leave_waits_until_a_quarter_can_go(width, live, shape):
+    """Two prompts, of which the last completions have ended, one in each by turns. 2 x 4 of 2 x 5
+    would be a fifth."""
+    finished = torch.ones(2, width).bool()
     for i in range(live):
         finished[i % 2, i // 2] = False
-    batch = torch.zeros(2, 4), torch.arange(2), torch.arange(4).expand(2, 4), torch.arange(2)
-    token, groups, rows, position = leave(finished, filled_cache(2, 4), *batch)
-    assert token.shape == rows.shape == shape and len(groups) == len(position) == shape[0]
+    rows, groups = torch.arange(width).expand(2, width), torch.arange(2)
+    token, cache = torch.zeros(2, width), filled_cache(2, width)
+    token, groups, rows, position = leave(finished, cache, token, groups, rows, groups)
+    assert token.shape == rows.shape == cache.own[0][0].shape[:2] == shape
+    assert len(groups) == len(position) == len(cache.prompt[0][0]) == shape[0]
 
 
 @torch.no_grad()

@@ -140,6 +140,15 @@ def test_fit_learns_answers_word_for_word_and_where_to_stop(qwen, processor, opt
     assert answers() == (wanted, [True] * 4)
 
 
+def test_the_optimizer_is_the_one_that_was_asked_for(folder, processor):
+    """The first loss is before any step; after one, AdamW and Muon are at different places."""
+    adamw, muon = (
+        fit(Qwen2VL.from_pretrained(folder), processor, ROWS, quick(steps=2, optimizer=kind))
+        for kind in ("adamw", "muon")
+    )
+    assert adamw[0] == muon[0] and abs(adamw[1] - muon[1]) > 1e-3
+
+
 def test_the_step_size_follows_the_schedule(qwen, processor):
     """With a warm-up far longer than the run, a step size of 1e-2 moves almost nothing."""
     slow = fit(copy.deepcopy(qwen), processor, ROWS, quick(steps=5, warmup=10**6))

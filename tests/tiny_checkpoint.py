@@ -55,7 +55,7 @@ CORPUS = [
 ]
 
 
-def make_tokenizer(folder, vocab_size: int = 384) -> Path:
+def make_tokenizer(folder, vocab_size: int = 384, corpus=CORPUS) -> Path:
     """Writes tokenizer.json and tokenizer_config.json: vocab_size ordinary tokens (256 bytes, then
     merges; at most about 400), then the 14 special ones."""
     folder = Path(folder)
@@ -71,7 +71,7 @@ def make_tokenizer(folder, vocab_size: int = 384) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     assert tokenizer.get_vocab_size() == vocab_size, (
         f"the corpus gives {tokenizer.get_vocab_size()} tokens, {vocab_size} were asked for"
     )

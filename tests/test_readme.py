@@ -1,0 +1,84 @@
+"""README.md is checked against the code: its commands, files, keys, symbols and numbers."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import controls
+import evaluate
+import grpo
+from config import read
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, re.S | re.M))
+
+
+def test_every_make_target_in_it_exists():
+    targets = set(re.findall(r"^([a-z.-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"\bmake ([a-z][a-z-]+)", README))
+    assert {"train", "test", "eval", "tiny", "controls", "clean", "help"} <= named
+    assert named <= targets
+
+
+def test_make_help_lists_every_target_with_a_line():
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    listed = dict(line.split(None, 1) for line in told.splitlines())
+    assert set(listed) == set(phony)
+
+
+def test_its_table_of_files_is_the_files():
+    table = SECTIONS["The files, in reading order"]
+    named = set(re.findall(r"`(\w+\.py)`", table.split("`tests/")[0]))
+    assert named == {p.name for p in ROOT.glob("*.py")}
+
+
+def test_the_functions_and_keys_of_the_algorithm_exist():
+    section = SECTIONS["The algorithm"]
+    fields = set(grpo.Config.__dataclass_fields__)
+    for row in re.findall(r"^\|.*\|$", section.split("| symbol |")[1], re.M)[1:]:
+        cells = [c.strip() for c in re.split(r"(?<!\\)\|", row)[1:-1]]
+        for name in re.findall(r"`(\w+)`", cells[2]):
+            assert callable(getattr(grpo, name)), name
+        keys = re.findall(r"`(\w+)`", cells[3])
+        assert keys and set(keys) <= fields, row
+    for row in re.findall(r"^\| [\d, ]+ \|.*\|$", section, re.M):
+        for name in re.findall(r"`(\w+)`", row.rsplit("|", 2)[1]):
+            assert hasattr(grpo, name), name
+
+
+def test_every_metric_in_it_is_a_metric_of_the_code():
+    told = set()
+    for row in re.findall(r"^\| `.*\|$", SECTIONS["What each metric means"], re.M):
+        told |= set(re.findall(r"`([\w/]+)`", row.split("|")[1]))
+    source = (ROOT / "grpo.py").read_text()
+    for name in told - {"reward/NAME"}:
+        stem = name.split("/")[-1] if name.startswith("time/") else name
+        assert f'"{stem}"' in source or f"{stem}=" in source, name
+
+
+def test_its_commands_parse():
+    """Every `make train ARGS="..."` and `make eval ... ARGS="..."` resolves to a config."""
+    for args in re.findall(r'make train[^\n]*ARGS="([^"]+)"', README):
+        read(grpo.Config, [str(ROOT / "recipes/tiny.toml"), *args.split()])
+    for args in re.findall(r'make eval[^\n]*ARGS="([^"]+)"', README):
+        read(evaluate.Config, args.split())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.name)
+def test_every_recipe_resolves(path):
+    assert read(grpo.Config, [str(path)]).out == f"runs/{path.stem}"
+
+
+def test_its_table_of_results_is_the_measured_one():
+    found = json.loads((ROOT / "bench/controls.json").read_text())
+    assert controls.show(found) in README
+
+
+def test_its_links_and_pictures_exist():
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", README):
+        assert (ROOT / target).is_file(), target
