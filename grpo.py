@@ -99,9 +99,11 @@ class Config:
         if len(self.rewards) != len(self.reward_weights):
             raise ValueError(f"reward_weights: {len(self.reward_weights)} for {len(self.rewards)} "
                              "rewards; give one weight per reward")
-        for item in self.evals:
-            if "=" not in item.split(":")[0]:
-                raise ValueError(f"evals: {item!r} is not NAME=SOURCE, as A=world:A:n=500")
+        names = [item.split(":")[0].split("=")[0] for item in self.evals]
+        for item, name in zip(self.evals, names):
+            if "=" not in item.split(":")[0] or names.count(name) > 1:
+                raise ValueError(f"evals: {item!r} is not NAME=SOURCE with a name of its own, "
+                                 "as A=world:A:n=500")
 
 
 # --------------------------------------------------------------------- the algorithm, as functions
@@ -332,6 +334,7 @@ def train(cfg: Config) -> dict:
     with seconds("eval"), half():
         before = evaluate_all(policy, processor, evals, cfg, out, "before")
 
+    names = [name for name, _, _ in rewards]
     drawn, bad, main_process = 0, 0, parallel.rank() == 0
     bar = tqdm(range(1, cfg.steps + 1), desc="grpo", unit="step", disable=not main_process)
     for step in bar:  # 4: for step = 1, ..., M
@@ -343,7 +346,8 @@ def train(cfg: Config) -> dict:
             # 5: sample a batch    7: sample G outputs for each question    8: compute rewards
             rollout, table, drawn = sample_batch(policy, processor, examples, rewards, drawn, cfg)
         # 9: compute the advantages through group relative estimation
-        adv = group_advantages(total_reward(table, rewards), cfg.advantage).to(device)
+        reward = total_reward(table, rewards)
+        adv = group_advantages(reward, cfg.advantage).to(device)
         with seconds("update"), half():
             # 10: for GRPO iteration = 1, ..., mu    11: update by maximizing the GRPO objective
             found = update(policy, reference, optimizers, rollout, adv, processor.banned_ids, cfg)
@@ -352,17 +356,17 @@ def train(cfg: Config) -> dict:
         row |= {"seconds": seconds.since_start(), "drawn": drawn, "completions_per_second":
                 cfg.prompts * cfg.group / (row["time/sample"] + row["time/update"])}
         bad = bad + 1 if found["skipped"] == cfg.updates_per_batch else 0
-        if bad == 5:
-            raise SystemExit(f"step {step}: 5 updates in a row were not finite and were skipped. "
-                             "Try a smaller --lr or --max_grad_norm, or --bf16 false.")
         bar.set_postfix({k: f"{row[k]:.2f}" for k in ("reward", "length/mean")})
         with seconds("log"):
             if main_process:
                 journal.append(out / "metrics.jsonl", row)
                 if step == 1 or step % cfg.probe_every == 0:
-                    journal.log_rollout(out, step, rollout, table, rewards, adv)
+                    journal.log_rollout(out, step, rollout, names, table, reward, adv)
                 if step == cfg.steps or step % cfg.save_every == 0:
                     journal.save_checkpoint(policy, processor, out / f"step_{step:06d}")
+        if bad == 5:
+            raise SystemExit(f"step {step}: 5 updates in a row were not finite and were skipped. "
+                             "Try a smaller --lr or --max_grad_norm, or --bf16 false.")
     with seconds("eval"), half():
         if main_process:
             journal.log_probes(out, cfg.steps, policy, processor, probes, rewards, cfg.max_new)

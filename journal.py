@@ -15,6 +15,7 @@ Whatever a reader may find half written gets a temporary name first and is renam
 """
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -25,7 +26,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from config import save_json
 from data import Prompt, open_image
@@ -85,9 +85,18 @@ def write_json(obj, path) -> None:
 
 
 def append(path: Path, row: dict) -> None:
-    """One line of JSON, flushed."""
+    """One line of JSON. A number that is not finite, which JSON does not know, is null."""
     with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(row) + "\n")
+        f.write(json.dumps(jsonable(row), allow_nan=False) + "\n")
+
+
+def jsonable(item):
+    """The same with None for every float that is not finite."""
+    if isinstance(item, dict):
+        return {key: jsonable(value) for key, value in item.items()}
+    if isinstance(item, list):
+        return [jsonable(value) for value in item]
+    return None if isinstance(item, float) and not math.isfinite(item) else item
 
 
 # ------------------------------------------------------------------------------ samples and probes
@@ -104,15 +113,15 @@ def save_images(out: Path, prompt: Prompt, name: str) -> list[str]:
     return paths
 
 
-def log_rollout(out: Path, step: int, rollout: Rollout, table: Tensor, rewards, adv, most=4):
-    """The first `most` groups of a step to rollouts.jsonl. table (R, B, G), adv (B, G)."""
-    total = sum(w * t for (_, _, w), t in zip(rewards, table))
+def log_rollout(out: Path, step: int, rollout: Rollout, names, table, reward, adv, most=4):
+    """The first `most` groups of a step to rollouts.jsonl. names of the R reward functions, their
+    table (R, B, G), the weighted sum reward (B, G) that was trained on, adv (B, G)."""
     for b, prompt in enumerate(rollout.prompts[:most]):
         completions = [
             {
                 "text": text,
-                "rewards": {n: float(t[b, g]) for (n, _, _), t in zip(rewards, table)},
-                "reward": float(total[b, g]),
+                "rewards": dict(zip(names, table[:, b, g].tolist())),
+                "reward": float(reward[b, g]),
                 "advantage": float(adv[b, g]),
                 "length": int(rollout.lengths[b, g]),
                 "finished": bool(rollout.finished[b, g]),

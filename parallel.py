@@ -58,11 +58,14 @@ def gathered(item) -> list:
 
 
 def sum_gradients(model) -> None:
-    """Adds up the gradients of all processes; one that a process has not is zero there."""
+    """Adds up the gradients of all processes: one that a process has not is zero there, one that
+    no process has (the vision tower's in a step without pictures) stays None, as on one process."""
     if size() == 1:
         return
-    for p in model.parameters():
-        if p.requires_grad:
+    params = list(model.parameters())
+    owners = torch.tensor([p.grad is not None for p in params], device=params[0].device).int()
+    for p, n in zip(params, total(owners).tolist()):
+        if n:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
 

@@ -79,7 +79,8 @@ def draw(logits: Tensor, u: Tensor) -> Tensor:
     """Token ids (N,) by inverting the cumulative distribution at uniforms u (N,) in [0, 1)."""
     # float64: a parallel sum in float32 may rise by rounding where the probability is 0.
     total = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0]
+    found = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0]
+    return found.clamp(max=logits.shape[-1] - 1)  # beyond only if logits are NaN: the update tells
 
 
 # -------------------------------------------------------------------------------------- sampling

@@ -233,8 +233,8 @@ def test_a_logged_group_is_its_own_prompt_completions_and_numbers(made, tmp_path
     rollout.finished[1, 0] = False
     table = torch.tensor([[[1.0, 0], [0, 1], [1, 1]], [[0, 0], [1, 1], [0, 1]]])
     adv = torch.tensor([[0.5, -0.5], [-1.5, 1.5], [0, 0]])
-    rewards = [("accuracy", None, 1.0), ("format", None, 0.5)]
-    log_rollout(tmp_path, 10, rollout, table, rewards, adv, most=2)
+    reward = table[0] + 0.5 * table[1]
+    log_rollout(tmp_path, 10, rollout, ("accuracy", "format"), table, reward, adv, most=2)
     found = lines(tmp_path / "rollouts.jsonl")
     assert len(found) == 2
     completions = [
@@ -259,12 +259,26 @@ def test_later_steps_are_added_with_pictures_of_their_own(made, tmp_path):
     rollout = as_rollout(made.prompts, [[[5]], [[8]], [[12]]])
     table, adv = torch.zeros(1, 3, 1), torch.zeros(3, 1)
     for step in (1, 25):
-        log_rollout(tmp_path, step, rollout, table, [("accuracy", None, 1.0)], adv)
+        log_rollout(tmp_path, step, rollout, ("accuracy",), table, table[0], adv)
     found = lines(tmp_path / "rollouts.jsonl")
     assert [row["step"] for row in found] == [1, 1, 1, 25, 25, 25]
     assert [len(row["images"]) for row in found] == [1, 2, 0] * 2
     assert len({path for row in found for path in row["images"]}) == 6
     assert all((tmp_path / path).is_file() for row in found for path in row["images"])
+
+
+def test_what_is_not_finite_is_null_in_a_line(made, tmp_path):
+    """JSON knows no NaN; the reward is the one that was trained on."""
+    rollout = as_rollout(made.prompts[:1], [[[5], [8]]])
+    table, reward = torch.tensor([[[1.0, np.nan]], [[1.0, 1.0]]]), torch.tensor([[1.5, 0.5]])
+    log_rollout(tmp_path, 1, rollout, ("x", "y"), table, reward, torch.zeros(1, 2))
+    journal.append(tmp_path / "rollouts.jsonl", {"loss": float("inf"), "lengths": [1.0, np.nan]})
+    text = (tmp_path / "rollouts.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    (group, row) = lines(tmp_path / "rollouts.jsonl")
+    assert [c["rewards"] for c in group["completions"]] == [{"x": 1, "y": 1}, {"x": None, "y": 1}]
+    assert [c["reward"] for c in group["completions"]] == [1.5, 0.5]
+    assert row == {"loss": None, "lengths": [1.0, None]}
 
 
 def test_probes_are_greedy_answers_to_the_same_questions(made, tmp_path):

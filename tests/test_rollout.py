@@ -586,7 +586,7 @@ def test_leave_goes_on_from_a_batch_that_has_become_smaller():
     [
         (4, 8, (2, 4)), (4, 7, (2, 4)), (4, 6, (2, 3)), (4, 1, (1, 1)), (5, 8, (2, 5)),
         (5, 6, (2, 3)),
-    ],  # fmt: skip
+    ],
 )
 def test_leave_waits_until_a_quarter_can_go(width, live, shape):
     """Two prompts, of which the last completions have ended, one in each by turns. 2 x 4 of 2 x 5
