@@ -2,15 +2,14 @@
 
     python grpo.py recipes/tiny.toml --steps 50 --group 4
 
-Sources: Shao et al. 2024, "DeepSeekMath" (arXiv 2402.03300), Algorithm 1 and equations 3 and 4; the
-settings of R1-V. Variants beside it, a few lines each: DAPO (token mean, asymmetric clip, dynamic
-sampling; arXiv 2503.14476), Dr. GRPO (constant denominator; 2503.20783), GSPO (sequence ratio;
-2507.18071), RLOO (leave-one-out baseline; 2402.14740).
+Source: Shao et al. 2024, "DeepSeekMath" (arXiv 2402.03300), Algorithm 1, equations 3 and 4. Beside
+it: DAPO (token mean, asymmetric clip, dynamic sampling; 2503.14476), Dr. GRPO (constant
+denominator; 2503.20783), GSPO (sequence ratio; 2507.18071), RLOO (2402.14740).
 
 What the papers leave open, and our choice: the group's standard deviation is the unbiased one and
-1e-4 is added to it (as R1-V does through TRL); every denominator is that of the whole optimizer
-step, so neither the micro-batch nor anything else that splits the work changes the gradient;
-log-probs are those of the sampled distribution, temperature and banned tokens included.
+1e-4 is added to it (as R1-V does through TRL); denominators are those of the whole optimizer step,
+so nothing that splits the work changes the gradient; log-probs are those of the sampled
+distribution, temperature and banned tokens included.
 
 What we do differently: a group shares one copy of prompt and image, in sampling and in training
 (rollout.py). With one update per batch the old log-probs are the current ones: no extra pass.
@@ -99,11 +98,10 @@ class Config:
         if len(self.rewards) != len(self.reward_weights):
             raise ValueError(f"reward_weights: {len(self.reward_weights)} for {len(self.rewards)} "
                              "rewards; give one weight per reward")
-        names = [item.split(":")[0].split("=")[0] for item in self.evals]
+        names = [item.partition("=")[0] for item in self.evals]
         for item, name in zip(self.evals, names):
-            if "=" not in item.split(":")[0] or names.count(name) > 1:
-                raise ValueError(f"evals: {item!r} is not NAME=SOURCE with a name of its own, "
-                                 "as A=world:A:n=500")
+            if not item.startswith(f"{name}=") or ":" in name or names.count(name) > 1:
+                raise ValueError(f"evals: {item!r} is not NAME=SOURCE, each name once")
 
 
 # --------------------------------------------------------------------- the algorithm, as functions
@@ -166,10 +164,8 @@ def sample_groups(model, processor, examples, drawn, count, cfg) -> Rollout:
     """The next `count` prompts of the data order with their completions (lines 5 and 7)."""
     rows = draw_rows(len(examples), cfg.seed, drawn, count)
     prompts = [processor.prompt(examples[i], cfg.max_prompt) for i in rows]
-    uids = list(range(drawn, drawn + count))
-    return sample(
-        model, processor, prompts, cfg.group, cfg.max_new, cfg.temperature, cfg.seed, uids
-    )
+    return sample(model, processor, prompts, cfg.group, cfg.max_new, cfg.temperature, cfg.seed,
+                  uids=list(range(drawn, drawn + count)))
 
 
 def reward_table(rollout: Rollout, rewards: list) -> Tensor:
@@ -227,8 +223,8 @@ def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
     mask = rollout.mask
     if cfg.mask_truncated:
         mask = mask & rollout.finished[..., None]
-    sequences, tokens = cfg.prompts * cfg.group, parallel.total(mask.sum())
-    weights = token_weights(mask, cfg.mean, sequences, cfg.max_new, tokens)
+    tokens = parallel.total(mask.sum())
+    weights = token_weights(mask, cfg.mean, cfg.prompts * cfg.group, cfg.max_new, tokens)
     rows = list(range(len(rollout.prompts)))
     micros = [rows[i : i + cfg.micro_prompts] for i in range(0, len(rows), cfg.micro_prompts)]
     parts = [(rollout.select(m), adv[m][..., None], mask[m], weights[m]) for m in micros]
@@ -244,8 +240,8 @@ def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
         sums = defaultdict(float, tokens=float(rollout.mask.sum()))
         for (part, a, m, w), ref, old in zip(parts, refs, olds):
             logp, entropy = score(model, part, cfg.temperature, banned)
-            now = logp.detach()
-            ratio = importance_ratio(logp, now if old is None else old, m, cfg.ratio)
+            old = logp.detach() if old is None else old
+            ratio = importance_ratio(logp, old, m, cfg.ratio)
             token_loss = clipped_loss(ratio, a, cfg.clip_low, cfg.clip_high)
             if reference:
                 kl = k3(logp, ref)
@@ -257,7 +253,7 @@ def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
             sums["entropy"] += float(entropy.sum())
             high, low = (ratio > 1 + cfg.clip_high) & (a > 0), (ratio < 1 - cfg.clip_low) & (a < 0)
             sums["clip_share"] += float(((high | low) & part.mask).sum())
-            sums["mismatch"] += float(((part.logp - now).abs().exp() * part.mask).sum())
+            sums["mismatch"] += float(((part.logp - old).abs().exp() * part.mask).sum())
         parallel.sum_gradients(model)
         counted = torch.tensor(list(sums.values()), dtype=torch.float64, device=adv.device)
         sums = dict(zip(sums, parallel.total(counted).tolist()))
@@ -346,8 +342,7 @@ def train(cfg: Config) -> dict:
             # 5: sample a batch    7: sample G outputs for each question    8: compute rewards
             rollout, table, drawn = sample_batch(policy, processor, examples, rewards, drawn, cfg)
         # 9: compute the advantages through group relative estimation
-        reward = total_reward(table, rewards)
-        adv = group_advantages(reward, cfg.advantage).to(device)
+        adv = group_advantages(reward := total_reward(table, rewards), cfg.advantage).to(device)
         with seconds("update"), half():
             # 10: for GRPO iteration = 1, ..., mu    11: update by maximizing the GRPO objective
             found = update(policy, reference, optimizers, rollout, adv, processor.banned_ids, cfg)

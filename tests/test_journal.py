@@ -174,6 +174,23 @@ def test_the_newest_checkpoint_is_the_folder_itself_or_its_last_whole_step(tmp_p
     assert newest_checkpoint(newest) == newest
 
 
+def test_of_a_folder_of_runs_the_newest_run_counts_at_its_last_step(tmp_path):
+    """Newest by time, not by name; and a step of the folder's own goes before those of runs."""
+    last = checkpoint_like(tmp_path / "a" / "step_000200")
+    times = {"a/step_000100": 300, "a/step_000200": 200, "b/step_000900": 250, "b/step_000950": 240}
+    for name, seconds in times.items():
+        folder = tmp_path / name
+        if not folder.exists():
+            checkpoint_like(folder)
+        os.utime(folder, (seconds, seconds))
+    assert newest_checkpoint(str(tmp_path)) == last
+    checkpoint_like(tmp_path / "c" / "step_001000.tmp")
+    checkpoint_like(tmp_path / "c" / "step_001000", "config.json")
+    assert newest_checkpoint(str(tmp_path)) == last
+    own = checkpoint_like(tmp_path / "step_000001")
+    assert newest_checkpoint(str(tmp_path)) == own
+
+
 @pytest.mark.parametrize("there", [None, (), ("config.json",), ("tokenizer.json",)])
 def test_a_folder_without_a_checkpoint_is_refused_by_name(tmp_path, there):
     folder = tmp_path / "nothing here"

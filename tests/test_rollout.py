@@ -267,6 +267,12 @@ def test_draw_never_takes_a_token_of_probability_zero(vocabulary):
     assert draw(logits, torch.full((20,), 1 - 2**-24)).min() > 1
 
 
+def test_draw_of_logits_that_are_not_numbers_is_still_a_token():
+    """It could index no embedding otherwise, and the run would end without saying why."""
+    logits = torch.full((2, 5), torch.nan)
+    assert draw(logits, torch.tensor([0.0, 0.9])).max() < 5
+
+
 def test_draw_adds_up_in_float64():
     """A million tokens of 1e-6 each, which is 17 steps of a float32 near 1."""
     logits = 0.1 * random(1, 1_000_000)
