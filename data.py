@@ -9,7 +9,6 @@ M-RoPE. Patches, token ids and positions equal those of transformers bit for bit
 - Special tokens in a question stay plain text. Only the chat template makes image tokens, and
   their places come from the layout of the prompt, not from a search for their id.
 - A prompt is never cut, a batch never padded, an image never repeated: prompts are packed.
-- EXIF orientation is applied (transformers: only when it opens the file itself).
 
 Letters: B prompts, L tokens of a prompt, S tokens of all prompts, I image tokens, n images,
 P patches (14 x 14 pixels at 2 moments), C = 3 * 2 * 14 * 14 numbers of a patch.
@@ -227,8 +226,8 @@ class Processor:
         """Patches (P, C) float32 and grid (1, rows, columns) of a path, PIL image or array."""
         image, settings = open_image(source), self.settings
         patch, merge = settings["patch_size"], settings["merge_size"]
-        limits = patch * merge, settings["min_pixels"], settings["max_pixels"]
-        size = smart_resize(*image.shape[:2], *limits)
+        low, high = settings["min_pixels"], settings["max_pixels"]
+        size = smart_resize(*image.shape[:2], patch * merge, low, high)
         if size != image.shape[:2]:
             image = np.asarray(Image.fromarray(image).resize(size[::-1], settings["resample"]))
         return patchify(image, self.table, patch, merge, settings["temporal_patch_size"])
@@ -246,10 +245,8 @@ class Processor:
 
     def prompt(self, example: Example, max_length: int | None = None) -> Prompt:
         """System turn, user turn (images, then the template's text) and the start of an answer.
-
-        Raises ValueError, naming the example's row, for an image that cannot be read and for a
-        prompt of more than max_length tokens, which is never cut.
-        """
+        ValueError, naming the example's row, for an image that cannot be read and for a prompt of
+        more than max_length tokens, which is never cut."""
         try:
             read = [self.read_image(source) for source in example.images]
         except ValueError as error:
@@ -271,15 +268,10 @@ class Processor:
         if max_length is not None and len(ids) > max_length:
             raise ValueError(f"{example.row}: the prompt has {len(ids)} tokens ({len(image_at)} of "
                              f"images), at most {max_length} are allowed; none is cut")
-        return Prompt(
-            ids=torch.tensor(ids),
-            patches=torch.from_numpy(np.concatenate([none, *(patches for patches, _ in read)])),
-            grid=torch.tensor([grid for _, grid in read], dtype=torch.int64).view(-1, 3),
-            positions=mrope_positions(layout),
-            image_at=torch.tensor(image_at, dtype=torch.int64),
-            example=example,
-            text=text,
-        )
+        patches = torch.from_numpy(np.concatenate([none, *(patches for patches, _ in read)]))
+        grid = torch.tensor([grid for _, grid in read], dtype=torch.int64).view(-1, 3)
+        ids, image_at = torch.tensor(ids), torch.tensor(image_at, dtype=torch.int64)
+        return Prompt(ids, patches, grid, mrope_positions(layout), image_at, example, text)
 
 
 # ---------------------------------------------------------------------------- files of a checkpoint
@@ -295,10 +287,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     for name in MARKUP:
         if tokenizer.token_to_id(name) is None:
             raise ValueError(f"{folder}/tokenizer.json has no {name}: not Qwen2-VL's tokenizer")
-    told, found = read_json(folder / "config.json").get("image_token_id"), MARKUP[-1]
-    if told not in (None, tokenizer.token_to_id(found)):
-        raise ValueError(f"{folder}: image_token_id is {told} in config.json, {found} is "
-                         f"{tokenizer.token_to_id(found)} in tokenizer.json")
+    told = read_json(folder / "config.json").get("image_token_id")
+    if told not in (None, ours := tokenizer.token_to_id("<|image_pad|>")):
+        raise ValueError(f"{folder}: config.json's image token is {told}, the tokenizer's {ours}")
     return tokenizer
 
 
@@ -341,8 +332,8 @@ def banned_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:
     (Qwen2-VL-2B: 151,936 rows for 151,657 tokens): nothing could be read from those."""
     config = read_json(folder / "config.json")
     rows = (config.get("text_config") or config).get("vocab_size") or 0
-    ids = [i for i in map(tokenizer.token_to_id, BANNED) if i is not None]
-    return ids + list(range(tokenizer.get_vocab_size(), rows))
+    ids = [*map(tokenizer.token_to_id, BANNED), *range(tokenizer.get_vocab_size(), rows)]
+    return [i for i in ids if i is not None]
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:

@@ -59,8 +59,9 @@ def open_image(source) -> np.ndarray:
     """RGB pixels (H, W, 3) uint8 of a path, a PIL image or such an array.
 
     Transparency is laid on white and other modes are PIL's convert("RGB"), as in transformers 5.
-    EXIF orientation is applied. ValueError for a file that is damaged or no picture, and for a
-    size above LARGEST, below SMALLEST, or with a side over 200 times the other (Qwen's rule).
+    EXIF orientation is applied, which transformers does only to files that it opens itself.
+    ValueError for a file that is damaged or no picture, and for a size above LARGEST, below
+    SMALLEST, or with a side over 200 times the other (Qwen's rule).
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
@@ -82,6 +83,7 @@ def open_image(source) -> np.ndarray:
 
 
 def check_size(name: str, width: int, height: int) -> None:
+    """Raises ValueError for a picture of `name` whose size is refused, see open_image."""
     if width * height > LARGEST or min(width, height) < SMALLEST:
         raise ValueError(f"{name} has {width} x {height} pixels; at least {SMALLEST} a side and at "
                          f"most {LARGEST:,} in all are accepted")
@@ -290,5 +292,6 @@ def drawn(split: str, n: int, options: dict):
 
 
 def draw_chunk(split: str, n: int, options: dict, start: int) -> tuple[list[dict], np.ndarray]:
+    """Scenes start ... start + CHUNK - 1 of the n, and their pictures (CHUNK, H, W, 3) uint8."""
     scenes = world.make_scenes(min(CHUNK, n - start), split, **options, start=start)
     return scenes, world.render(scenes, options["size"])

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -36,12 +37,11 @@ def texts() -> dict[str, str]:
     """Every text file of the project, by its path; what .gitignore names is not of the project."""
     ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().split()} | {".git"}
     found = {}
-    for path in sorted(ROOT.rglob("*")):
-        parts = path.relative_to(ROOT).parts
-        if ignored & set(parts) or not path.is_file():
-            continue
-        with contextlib.suppress(UnicodeDecodeError):  # a picture, weights
-            found["/".join(parts)] = path.read_text(encoding="utf-8")
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = sorted(set(folders) - ignored)
+        for path in (Path(folder, name) for name in sorted(set(names) - ignored)):
+            with contextlib.suppress(UnicodeDecodeError):  # a picture, weights
+                found[str(path.relative_to(ROOT))] = path.read_text(encoding="utf-8")
     return found
 
 

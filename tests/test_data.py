@@ -382,6 +382,16 @@ def test_vision_tokens_and_turn_starts_are_banned_and_stop_and_box_tokens_are_no
 # ---- files of a checkpoint ----
 
 
+def test_rows_of_the_embedding_beyond_the_last_token_are_banned(folder, tmp_path):
+    make_checkpoint(tmp_path, padded_vocab=405)
+    few, more = (Processor.from_pretrained(f) for f in (folder, tmp_path))
+    assert more.banned_ids == [*few.banned_ids, *range(398, 405)]
+    assert more.vocab_size == few.vocab_size == 398
+    flat = json.loads((tmp_path / "config.json").read_text())["text_config"]  # as on the hub
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    assert Processor.from_pretrained(tmp_path).banned_ids == more.banned_ids
+
+
 def test_what_was_read_is_saved_byte_for_byte(folder, tmp_path):
     Processor.from_pretrained(folder).save_pretrained(tmp_path / "new")
     saved = sorted(path.name for path in (tmp_path / "new").iterdir())
@@ -487,7 +497,7 @@ def test_a_model_with_another_image_token_is_refused(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text()) | {"image_token_id": 5}
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"image_token_id is 5 in config\.json.* is 396"):
+    with pytest.raises(ValueError, match=r"config\.json's image token is 5, the tokenizer's 396"):
         Processor.from_pretrained(copy)
 
 

@@ -119,6 +119,11 @@ def test_a_row_becomes_an_example_that_says_where_it_came_from(tmp_path):
     ]
 
 
+def test_other_keys_of_a_row_are_kept_for_rewards_of_ones_own(tmp_path):
+    (example,) = load_examples(write(tmp_path, GOOD | {"box": [1, 2], "image": None, "id": 7}))
+    assert example.extra == {"box": [1, 2], "id": 7}
+
+
 def test_the_names_of_r1vs_files_are_understood(tmp_path):
     (tmp_path / "pictures" / "images").mkdir(parents=True)
     picture().save(tmp_path / "pictures" / "images" / "a.png")
@@ -257,6 +262,13 @@ def test_a_world_gives_questions_with_their_exact_answers(cache):
     assert all(" are " in e.problem and e.problem.endswith(" image?") for e in found)
     pixels = world.render(scenes)
     assert all(np.array_equal(e.images[0], p) for e, p in zip(found, pixels))
+
+
+def test_a_question_keeps_its_scene_and_the_program_that_answers_it(cache):
+    found = load_examples("world:B:n=5:ask=compare+attribute")
+    assert [e.extra["scene"] for e in found] == world.make_scenes(5, "B")
+    answers = [str(world.execute(e.extra["program"], e.extra["scene"])) for e in found]
+    assert answers == [e.solution for e in found]
 
 
 def test_commas_and_colons_both_separate_options(cache):
