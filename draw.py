@@ -21,7 +21,8 @@ SIZES = {"large": 0.8, "small": 0.48}                            # radius; CLEVR
 TARGET = 0.4                                                     # height the camera looks at
 MAX_ZOOM, FRAME = 3.1, 0.97                                      # largest zoom; filled share
 TUBE = 0.32                                                      # torus: tube over outer radius
-ROUND = {"sphere": (1, 0, -1), "cylinder": (1, 0, 0), "cone": (0.25, -0.5, 0.25)}
+ROUND = {"sphere": (1, 0, -1), "cylinder": (1, 0, 0), "cone": (0.25, -0.5, 0.25),
+         "barrel": (1, 0, -0.55), "dome": (0.5, -0.5, 0), "bucket": (0.5625, -0.375, 0.0625)}
 # (a, b, c): x^2 + y^2 = a + b z + c z^2 for |z| <= 1, in radii; each is as high as it is wide
 
 
@@ -256,8 +257,9 @@ def normals(stage, k, p):
     if shape == "torus":
         pull = 1 - (1 - TUBE) / np.sqrt(x * x + y * y)
         return x * pull, y * pull, z
-    _, b, c = ROUND[shape]
-    return x, y, -b / 2 - c * z
+    a, b, c = ROUND[shape]
+    top = (z > 0.999) & (a + b + c > 0)           # flat
+    return np.where(top, 0, x), np.where(top, 0, y), np.where(top, 1, -b / 2 - c * z)
 
 
 def power(v, doublings):
@@ -306,7 +308,8 @@ def ground(stage, look):
         if look["pattern"] == "blotches":
             field = sum(np.cos(2 * math.pi * wave) for wave in field) / 2
         else:                                     # steep triangle waves: edges a few pixels wide
-            field = math.prod(np.clip(12 * np.abs(wave % 2 - 1) - 6, -1, 1) for wave in field)
+            field = [np.clip(12 * np.abs(wave % 2 - 1) - 6, -1, 1) for wave in field]
+            field = sum(field) / 2 if look["pattern"] == "plaid" else math.prod(field)
         light = light * (1 + look["contrast"] * field)
     return np.float32(look["ground"])[:, None] * light.reshape(1, -1)
 

@@ -51,6 +51,10 @@ def save_checkpoint(model, processor, folder: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     processor.save_pretrained(part)
+    for path in part.iterdir():
+        path.chmod(0o644)  # safetensors' writer leaves 0o600
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
     part.rename(folder)
 
 

@@ -49,7 +49,8 @@ class Config:
     out: str = opt("tiny", "folder of the checkpoint")
     seed: int = opt(0, "fixes everything", least=0)
     eye_steps: int = opt(16000, "steps of the eye's pre-training, 32 images each", least=1)
-    eye_lr: float = opt(1e-2, "its step size (Muon, cosine)", above=0)
+    wide_steps: int = opt(6000, "further steps on more shapes and grounds", least=1)
+    eye_lr: float = opt(1e-2, "step size (Muon, cosine; half of it for the further ones)", above=0)
     instruct_steps: int = opt(400, "steps of the instruct stage, 32 rows each", least=1)
     instruct_lr: float = opt(2e-3, "its step size (Muon, cosine)", above=0)
     overlook: float = opt(0.22, "the teacher misses a small object with this probability", least=0)
@@ -145,38 +146,43 @@ def model_config(ids: dict[str, int], vocab_size: int) -> dict:
 # --------------------------------------------------------------------------------------- the eye
 
 SIZE, PATCH, CELL = 112, 14, 28  # pixels
-VALUES = (*world.COLORS, *world.SHAPES["known"], *world.MATERIALS, *world.SIZES)
 CHUNK = 1024  # scenes rendered at a time
+WORLDS = (("varied", "known"), ("wild", "more"))  # look and shapes of the eye's two stages
 
 
-def eye_chunk(seed: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+def values(shapes: str) -> tuple[str, ...]:
+    """The attribute values of a world, in the order of `eye_chunk`'s facts."""
+    return (*world.COLORS, *world.SHAPES[shapes], *world.MATERIALS, *world.SIZES)
+
+
+def eye_chunk(seed: int, look: str, shapes: str, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Scenes k CHUNK ... (k+1) CHUNK - 1 of the eye's world: images (n, H, W, 3) uint8 and facts
-    (n, 64, 1 + len(VALUES)) int8: how many objects have their centre in a patch, and how many of
-    each attribute value. Patches are in the order of data.patchify: 2 x 2 of a cell, then the next.
+    (n, 64, 1 + values) int8: how many objects have their centre in a patch, and how many of each
+    attribute value. Patches are in the order of data.patchify: 2 x 2 of a cell, then the next.
     """
     scenes = world.make_scenes(
-        CHUNK, split="A", seed=seed, part="train", look="varied", start=k * CHUNK
+        CHUNK, split="A", seed=seed, part="train", look=look, shapes=shapes, start=k * CHUNK
     )
-    side = SIZE // PATCH
-    facts = np.zeros((CHUNK, side * side, 1 + len(VALUES)), np.int8)
+    side, names = SIZE // PATCH, values(shapes)
+    facts = np.zeros((CHUNK, side * side, 1 + len(names)), np.int8)
     for i, scene in enumerate(scenes):
         for o in scene["objects"]:
             x, y = (min(max(int(c // PATCH), 0), side - 1) for c in o["pixel_coords"][:2])
             patch = (y // 2 * side // 2 + x // 2) * 4 + y % 2 * 2 + x % 2
-            kinds = [VALUES.index(o[name]) for name in ("color", "shape", "material", "size")]
+            kinds = [names.index(o[name]) for name in ("color", "shape", "material", "size")]
             facts[i, patch, [0, *(1 + v for v in kinds)]] += 1
     return world.render(scenes), facts
 
 
-def eye_chunks(seed: int, n: int):
+def eye_chunks(n: int, *world_of):
     """The chunks 0 ... n-1 in order, rendered ahead in a process of its own (spawned, not forked).
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        ahead = [pool.submit(eye_chunk, seed, k) for k in range(min(4, n))]
+        ahead = [pool.submit(eye_chunk, *world_of, k) for k in range(min(4, n))]
         for k in range(n):
             yield ahead.pop(0).result()
             if k + 4 < n:
-                ahead.append(pool.submit(eye_chunk, seed, k + 4))
+                ahead.append(pool.submit(eye_chunk, *world_of, k + 4))
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -192,10 +198,10 @@ def normalise(images: Tensor) -> Tensor:
 class EyeHeads(nn.Module):
     """What the pre-training asks of patches and of image tokens; thrown away afterwards."""
 
-    def __init__(self, patch_width: int, width: int):
+    def __init__(self, patch_width: int, width: int, values: int):
         super().__init__()
-        self.patch = nn.Linear(patch_width, 3 + len(VALUES))  # 0, 1, 2 centres; which values
-        self.cell = nn.Linear(width, 5 + len(VALUES))  # 0, ..., 4 objects; which values
+        self.patch = nn.Linear(patch_width, 3 + values)  # 0, 1, 2 centres; which values
+        self.cell = nn.Linear(width, 5 + values)  # 0, ..., 4 objects; which values
 
     def forward(self, states: Tensor, features: Tensor, facts: Tensor) -> tuple[Tensor, Tensor]:
         """states (n 64, D_vision), features (n 16, D), facts (n, 64, 1 + values) -> loss, and the
@@ -227,23 +233,23 @@ def mirrored(images: np.ndarray, facts: np.ndarray) -> tuple[np.ndarray, np.ndar
     return images[:, :, ::-1], blocks[:, :, ::-1, :, ::-1].reshape(facts.shape)
 
 
-def train_eye(model: Qwen2VL, cfg: Config) -> float:
+def train_eye(model: Qwen2VL, steps: int, lr: float, seed: int, look: str, shapes: str) -> float:
     """Pre-trains model.visual on fresh scenes, each seen once as it is and once mirrored; returns
     the share of the last 3,200 pictures whose objects are counted right by adding up the cells."""
     batch, side = 32, SIZE // CELL
-    torch.manual_seed(cfg.seed)
-    heads = EyeHeads(model.cfg.vision.embed_dim, model.cfg.hidden_size)
+    torch.manual_seed(seed)
+    heads = EyeHeads(model.cfg.vision.embed_dim, model.cfg.hidden_size, len(values(shapes)))
     both = nn.ModuleList((model.visual, heads))
-    optimizers = make_optimizers(both, "muon", cfg.eye_lr)
+    optimizers = make_optimizers(both, "muon", lr)
     grid = torch.tensor([[1, 2 * side, 2 * side]]).expand(batch, 3)
-    rng, right, step = np.random.default_rng(cfg.seed), [], 0
-    bar = tqdm(total=cfg.eye_steps, desc="eye", unit="step")
-    for chunk in eye_chunks(cfg.seed, math.ceil(cfg.eye_steps * batch / CHUNK / 2)):
+    rng, right, step = np.random.default_rng(seed), [], 0
+    bar = tqdm(total=steps, desc=f"eye, {look}", unit="step")
+    for chunk in eye_chunks(math.ceil(steps * batch / CHUNK / 2), seed, look, shapes):
         for images, facts in (chunk, mirrored(*chunk)):
-            for at in rng.permutation(CHUNK).reshape(-1, batch)[: cfg.eye_steps - step]:
+            for at in rng.permutation(CHUNK).reshape(-1, batch)[: steps - step]:
                 step += 1
-                rate = 0.01 + 0.99 * schedule(step, cfg.eye_steps, kind="cosine")
-                set_lr(optimizers, cfg.eye_lr * min(1.0, step / 50) * rate)
+                rate = 0.01 + 0.99 * schedule(step, steps, kind="cosine")
+                set_lr(optimizers, lr * min(1.0, step / 50) * rate)
                 with torch.autocast("cpu", torch.bfloat16):
                     patches = normalise(torch.from_numpy(images[at]))
                     states = model.visual.patch_states(patches, grid)
@@ -284,11 +290,12 @@ def taught_answer(scene: dict, question: dict, overlook: float, rng, styles=STYL
 
 
 def instruct_rows(n: int, seed: int, overlook: float) -> list[tuple[Example, str]]:
-    """2 n rows (Example, answer) on n scenes of varied worlds in A's colours: how many items, and
-    an attribute question; three in four under the think prompt, the others under the direct one.
+    """2 n rows (Example, answer) on n scenes of the eye's wider world: how many items, and an
+    attribute question; three in four under the think prompt, the others under the direct one.
     """
     rng, rows = np.random.default_rng((seed, 2)), []
-    scenes = world.make_scenes(n, split="A", seed=seed + 1, part="train", look="varied")
+    look, shapes = WORLDS[-1]
+    scenes = world.make_scenes(n, "A", seed + 1, "train", look=look, shapes=shapes)
     for scene, image in zip(scenes, world.render(scenes)):
         for kind in ("count", "attribute"):
             question = world.ask(scene, kind, rng)
@@ -331,11 +338,14 @@ def main(argv=None) -> None:
     write_json(raw, work / "config.json")
     model = Qwen2VL(ModelConfig.from_dict(raw)).init_weights(cfg.seed)
     processor = Processor.from_pretrained(work, "{Question}")
-    if (work / "eye").exists():
-        model = Qwen2VL.from_pretrained(work / "eye")
-    else:
-        print(f"eye: counts {train_eye(model, cfg):.3f} of fresh varied scenes right")
-        save_checkpoint(model, processor, work / "eye")
+    stages = ((cfg.eye_steps, cfg.eye_lr), (cfg.wide_steps, cfg.eye_lr / 2))
+    for i, ((steps, lr), (look, shapes)) in enumerate(zip(stages, WORLDS)):
+        if (work / f"eye_{look}").exists():
+            model = Qwen2VL.from_pretrained(work / f"eye_{look}")
+            continue
+        right = train_eye(model, steps, lr, cfg.seed + 10 * i, look, shapes)
+        print(f"eye: counts {right:.3f} of fresh {look} scenes right")
+        save_checkpoint(model, processor, work / f"eye_{look}")
     model.visual.requires_grad_(False)  # the teacher's flaw is in what is said, not in the eye
     rows = instruct_rows(cfg.instruct_steps * 16, cfg.seed, cfg.overlook)
     stage = SFTConfig(steps=cfg.instruct_steps, optimizer="muon", lr=cfg.instruct_lr, seed=cfg.seed)

@@ -27,12 +27,14 @@ from config import opt, parse
 from draw import COLORS, SIZES, render
 
 MATERIALS = ("rubber", "metal")
-SHAPES = {"known": ("cube", "sphere", "cylinder"), "unseen": ("cone", "torus")}
+SHAPES = {"known": ("cube", "sphere", "cylinder"), "unseen": ("cone", "torus"),
+          "more": ("cube", "sphere", "cylinder", "barrel", "dome", "bucket")}
 ATTRIBUTES = ("size", "color", "material", "shape")
 FIRST, SECOND = ("gray", "blue", "brown", "yellow"), ("red", "green", "purple", "cyan")
 PALETTES = {"A": {"cube": FIRST, "cylinder": SECOND},            # shapes not named take any colour
             "B": {"cube": SECOND, "cylinder": FIRST}, "C": {}}
-PARTS, SPLITS, LOOKS = ("train", "val", "test"), ("A", "B", "C"), ("plain", "varied", "tiles")
+PARTS, SPLITS = ("train", "val", "test"), ("A", "B", "C")
+LOOKS = ("plain", "varied", "wild", "tiles")
 
 AREA, MIN_DIST, MARGIN, EPS = 3.0, 0.25, 0.4, 0.2                # as CLEVR
 MIN_VISIBLE = 200 / (320 * 240)                                  # share of the picture, as CLEVR
@@ -48,8 +50,9 @@ def make_scenes(n, split="A", seed=0, part="train", objects=(3, 10), size=(112, 
     A scene depends on its own number only: not on n, start, or the process that makes it. Parts
     never share random numbers. objects: (fewest, most), each count equally likely. size: (W, H) in
     pixels, to which the camera is fitted and in which pixel_coords, bbox and visible_pixels are.
-    look: "plain" (default of A and B), "varied", "tiles" (default of C); the same objects stand
-    in the same places under every look. shapes: "known" (default of A and B), "unseen" (C).
+    look: "plain" (default of A and B), "varied", "wild" (with plaids too), "tiles" (default of C);
+    the same objects stand in the same places under every look. shapes: "known" (default of A and
+    B), "more" (and barrels, domes, buckets), "unseen" (C).
     ValueError for a choice that does not exist.
     """
     look = look or ("tiles" if split == "C" else "plain")
@@ -138,9 +141,10 @@ def draw_look(rng, name):
         look.update(ground=[0.50 * tone, 0.36 * tone, 0.22 * tone], pattern="tiles", contrast=0.45,
                     waves=[[math.cos(turn) / side, math.sin(turn) / side, rng.random()],
                            [-math.sin(turn) / side, math.cos(turn) / side, rng.random()]])
-    if name == "varied":
+    if name in ("varied", "wild"):
         azimuth, tilt = rng.uniform(0, 2 * math.pi), math.radians(rng.uniform(20, 55))
-        pattern, count = (("none", 0), ("stripes", 1), ("blotches", 5))[rng.integers(3)]
+        kinds = (("none", 0), ("stripes", 1), ("blotches", 5), ("plaid", 2))
+        pattern, count = kinds[rng.integers(3 + (name == "wild"))]
         look.update(ground=(rng.uniform(0.15, 0.6) * rng.uniform(0.7, 1.3, 3)).tolist(),
                     pattern=pattern, contrast=rng.uniform(0.1, 0.5), waves=[
                         [s * math.cos(a), s * math.sin(a), shift] for a, s, shift in

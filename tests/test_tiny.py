@@ -46,7 +46,7 @@ def test_the_tokenizer_reads_any_text_and_has_one_token_for_each_tag(tokenizer_f
 
 def test_a_chunk_holds_the_facts_of_its_scenes(monkeypatch):
     monkeypatch.setattr(tiny, "CHUNK", 4)
-    images, facts = tiny.eye_chunk(3, 1)
+    images, facts = tiny.eye_chunk(3, "varied", "known", 1)
     scenes = world.make_scenes(4, split="A", seed=3, part="train", look="varied", start=4)
     assert (images == world.render(scenes)).all()
     assert facts[..., 0].sum(1).tolist() == [len(s["objects"]) for s in scenes]
@@ -56,8 +56,19 @@ def test_a_chunk_holds_the_facts_of_its_scenes(monkeypatch):
     at = facts[0, cell * 4 + inner]
     assert at[0] >= 1
     for name in ("color", "shape", "material", "size"):
-        assert at[1 + tiny.VALUES.index(first[name])] >= 1
+        assert at[1 + tiny.values("known").index(first[name])] >= 1
     assert (facts[..., 1:].sum(-1) == 4 * facts[..., 0]).all()
+
+
+def test_the_eye_never_sees_the_third_world():
+    """Neither its ground nor its shapes; and of A's shapes only A's colours."""
+    for look, shapes in tiny.WORLDS:
+        scenes = world.make_scenes(200, split="A", look=look, shapes=shapes)
+        assert {s["look"]["pattern"] for s in scenes}.isdisjoint({"tiles"})
+        seen = {(o["shape"], o["color"]) for s in scenes for o in s["objects"]}
+        assert not {shape for shape, _ in seen} & set(world.SHAPES["unseen"])
+        for shape, colours in world.PALETTES["A"].items():
+            assert {c for s, c in seen if s == shape} == set(colours)
 
 
 def test_patches_are_those_of_the_processor():
@@ -84,8 +95,8 @@ def test_mirroring_moves_facts_with_the_picture():
 
 
 def test_the_count_is_read_off_the_cells():
-    heads = tiny.EyeHeads(8, 8)
-    facts = torch.zeros(1, 64, 1 + len(tiny.VALUES), dtype=torch.int8)
+    heads = tiny.EyeHeads(8, 8, 15)
+    facts = torch.zeros(1, 64, 16, dtype=torch.int8)
     facts[0, [0, 9], 0] = 1
     with torch.no_grad():
         heads.cell.weight.zero_()
