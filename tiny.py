@@ -51,7 +51,7 @@ class Config:
     eye_steps: int = opt(16000, "steps of the eye's pre-training, 32 images each", least=1)
     wide_steps: int = opt(6000, "further steps on more shapes and grounds", least=1)
     eye_lr: float = opt(1e-2, "step size (Muon, cosine; half of it for the further ones)", above=0)
-    instruct_steps: int = opt(400, "steps of the instruct stage, 32 rows each", least=1)
+    instruct_steps: int = opt(800, "steps of the instruct stage, 32 rows each", least=1)
     instruct_lr: float = opt(2e-3, "its step size (Muon, cosine)", above=0)
     overlook: float = opt(0.22, "the teacher misses a small object with this probability", least=0)
 

@@ -34,7 +34,7 @@ FIRST, SECOND = ("gray", "blue", "brown", "yellow"), ("red", "green", "purple", 
 PALETTES = {"A": {"cube": FIRST, "cylinder": SECOND},            # shapes not named take any colour
             "B": {"cube": SECOND, "cylinder": FIRST}, "C": {}}
 PARTS, SPLITS = ("train", "val", "test"), ("A", "B", "C")
-LOOKS = ("plain", "varied", "wild", "tiles")
+LOOKS = ("plain", "varied", "wild", "checker", "tiles")
 
 AREA, MIN_DIST, MARGIN, EPS = 3.0, 0.25, 0.4, 0.2                # as CLEVR
 MIN_VISIBLE = 200 / (320 * 240)                                  # share of the picture, as CLEVR
@@ -50,12 +50,13 @@ def make_scenes(n, split="A", seed=0, part="train", objects=(3, 10), size=(112, 
     A scene depends on its own number only: not on n, start, or the process that makes it. Parts
     never share random numbers. objects: (fewest, most), each count equally likely. size: (W, H) in
     pixels, to which the camera is fitted and in which pixel_coords, bbox and visible_pixels are.
-    look: "plain" (default of A and B), "varied", "wild" (with plaids too), "tiles" (default of C);
-    the same objects stand in the same places under every look. shapes: "known" (default of A and
-    B), "more" (and barrels, domes, buckets), "unseen" (C).
+    look: "plain" (default of A and B), "varied", "wild" (with plaids too), "checker" (default of
+    C), "tiles" (a hard checker: twice the contrast, squares as large as objects); the same objects
+    stand in the same places under every look. shapes: "known" (default of A and B), "more" (and
+    barrels, domes, buckets), "unseen" (C).
     ValueError for a choice that does not exist.
     """
-    look = look or ("tiles" if split == "C" else "plain")
+    look = look or ("checker" if split == "C" else "plain")
     shapes = shapes or ("unseen" if split == "C" else "known")
     for name, value, choices in (("part", part, PARTS), ("split", split, SPLITS),
                                  ("look", look, LOOKS), ("shapes", shapes, SHAPES)):
@@ -136,9 +137,11 @@ def draw_look(rng, name):
     azimuth, tilt = math.radians(225 + rng.uniform(-12, 12)), math.radians(rng.uniform(36, 44))
     look = {"name": name, "ground": [0.36 * rng.uniform(0.92, 1.08)] * 3, "pattern": "none",
             "waves": [], "contrast": 0.0, "exposure": rng.uniform(0.95, 1.05)}
-    if name == "tiles":
+    if name in ("checker", "tiles"):
         tone, turn, side = rng.uniform(0.9, 1.1), rng.uniform(0, math.pi), rng.uniform(1.1, 1.5)
-        look.update(ground=[0.50 * tone, 0.36 * tone, 0.22 * tone], pattern="tiles", contrast=0.45,
+        side, contrast = (2 * side, 0.22) if name == "checker" else (side, 0.45)
+        look.update(ground=[0.50 * tone, 0.36 * tone, 0.22 * tone], pattern="tiles",
+                    contrast=contrast,
                     waves=[[math.cos(turn) / side, math.sin(turn) / side, rng.random()],
                            [-math.sin(turn) / side, math.cos(turn) / side, rng.random()]])
     if name in ("varied", "wild"):
