@@ -13,7 +13,10 @@ else
   PY := $(VENV)/bin/python
   READY := $(VENV)/ready
 endif
-RUN := $(if $(filter 1,$(GPUS)),$(PY),$(PY) -m torch.distributed.run --nproc_per_node=$(GPUS))
+RUN := $(PY) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --nproc_per_node=$(GPUS))
+
+SOURCES = $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") \
+  $(if $(IMAGES),--images "$(IMAGES)")
 
 .PHONY: help train eval test test-all tiny controls pictures clean .venv
 .DEFAULT_GOAL := help
@@ -22,11 +25,10 @@ help:  ## list the targets
 	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 train: $(READY)  ## train by RECIPE (default recipes/tiny.toml); ARGS="--key value" overrides any key
-	$(RUN) grpo.py $(RECIPE) $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(RUN) grpo.py $(RECIPE) $(SOURCES) $(ARGS)
 
 eval: $(READY)  ## evaluate MODEL (default: the newest run) on DATA (default: world:A), IMAGES=folder
-	$(PY) evaluate.py $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) \
-	  $(if $(IMAGES),--images $(IMAGES)) $(ARGS)
+	$(PY) evaluate.py $(SOURCES) $(ARGS)
 
 test: $(READY)  ## style and the whole test suite, on the CPU
 	$(if $(VENV),$(PY) -m ruff check .)
@@ -37,8 +39,7 @@ test-all: $(READY)  ## the slow tests too
 	$(PY) -m pytest $(ARGS)
 
 tiny: $(READY)  ## build the tiny checkpoint anew, from nothing, into tiny/ (about 35 minutes)
-	rm -rf tiny
-	$(PY) tiny.py --out tiny
+	$(PY) tiny.py --out tiny --replace
 
 controls: $(READY)  ## the control runs of README's picture: more flawed SFT, clean SFT, format only
 	$(PY) controls.py $(ARGS)

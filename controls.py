@@ -1,6 +1,6 @@
 """Control runs: what else could have made the tiny model better than GRPO's verifier did?
 
-    python controls.py                 # `make controls`: three seeds, about 25 minutes on 2 cores
+    python controls.py                 # `make controls`: three seeds, about 22 minutes on 2 cores
     python controls.py --plot_only     # the picture again, from bench/controls.json
 
 Every run starts from the same checkpoint and sees the same images as recipes/tiny.toml:
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import grpo
+import parallel
 from config import opt, parse, read
 from data import Processor
 from journal import save_checkpoint, write_json
@@ -50,7 +51,7 @@ class Config:
 
 def run_sft(cfg, run: grpo.Config, evals: dict, overlook: float, styles, out: Path) -> dict:
     """SFT of the start on the rows of the run, one pass, by a teacher; its evaluation."""
-    model = Qwen2VL.from_pretrained(run.model)
+    model = Qwen2VL.from_pretrained(run.model, device=parallel.start())
     processor = Processor.from_pretrained(run.model, run.template)
     rng = np.random.default_rng((run.seed, 5))
     examples = load_examples(run.data, run.images, part="train")
@@ -152,6 +153,8 @@ def main(argv=None) -> None:
     cfg = parse(Config, argv, __doc__)
     if not cfg.plot_only:
         write_json(run_all(cfg), cfg.out)
+    if not Path(cfg.out).is_file():
+        raise SystemExit(f"error: {cfg.out}: no results; run without --plot_only first")
     found = json.loads(Path(cfg.out).read_text())
     print(show(found))
     plot(found, cfg.picture)

@@ -1,6 +1,6 @@
-"""Evaluation: greedy answers of a checkpoint on a benchmark, scored and saved.
+"""Evaluation: answers of a checkpoint on a benchmark, greedy by default, scored and saved.
 
-    python evaluate.py --model runs/tiny/step_000200 --data world:B:n=500 --out b.json
+    python evaluate.py --model runs/tiny --data world:B:n=500 --out b.json
     python evaluate.py --model DIR --data questions.jsonl --images pictures
 
 The rate that matters is accuracy under the prompt the model was trained with; unparsable answers
@@ -8,8 +8,10 @@ count as wrong and their share is reported beside it. The interval is Wilson's, 
 "Probable inference, the law of succession, and statistical inference").
 """
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -32,12 +34,22 @@ class Config:
     data: str = opt("world:A:n=500", "world:A, world:B, world:C (with options), or a .jsonl")
     images: str | None = opt(None, "folder of the images; default: beside the .jsonl")
     out: str | None = opt(None, "results file to write, JSON")
-    template: str = opt("r1v", "prompt template by name, or a text that holds {Question}")
+    template: str | None = opt(None, "prompt template by name, or a text that holds {Question}; "
+                               "default: that of the run the model comes from, else r1v")
     limit: int | None = opt(None, "questions at most", least=1)
     batch: int = opt(64, "questions per batch", least=1)
     max_new: int = opt(256, "tokens of an answer at most", least=1)
+    temperature: float = opt(0.0, "0 is greedy", least=0)
+    top_p: float = opt(1.0, "sample from the likeliest tokens that hold this much", above=0, most=1)
+    top_k: int = opt(0, "sample from the k likeliest tokens; 0: from all", least=0)
+    seed: int = opt(0, "fixes the samples, if any", least=0)
     max_pixels: int | None = opt(None, "pixels of an image at most; default: the checkpoint's")
     bf16: bool = opt(False, "compute in bfloat16")
+
+    def check(self):
+        """ValueError for keys that would do nothing."""
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
+            raise ValueError("top_p, top_k: need a temperature above 0; at 0 answers are greedy")
 
 
 def evaluate(
@@ -47,8 +59,11 @@ def evaluate(
     batch: int = 64,
     max_new: int = 256,
     title: str = "evaluate",
+    **sampling,
 ) -> dict:
-    """Greedy answers to all examples: {"accuracy", "low", "high", "format", ..., "results": [...]}.
+    """Answers to all examples: {"accuracy", "low", "high", "format", ..., "results": [...]}.
+
+    Greedy, unless `sampling` (temperature, top_p, top_k, seed of rollout.sample) says otherwise.
 
     Several processes answer a share each, and all return the whole.
     accuracy (with its 95 % interval low, high), format and unparsable are shares in [0, 1].
@@ -62,7 +77,9 @@ def evaluate(
     for at in range(0, len(examples), batch):
         some = examples[at : at + batch]
         prompts = [processor.prompt(example) for example in some]
-        out = sample(model, processor, prompts, 1, max_new, temperature=0)
+        uids = list(range(first + at, first + at + len(some)))
+        out = sample(model, processor, prompts, 1, max_new, uids=uids,
+                     **{"temperature": 0.0, **sampling})
         logps = (out.logp * out.mask).sum(-1)[:, 0].tolist()
         for prompt, (text,), logp, length in zip(prompts, out.texts, logps, out.lengths.tolist()):
             example = prompt.example
@@ -106,24 +123,36 @@ def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def template_of(folder: str) -> str:
+    """The template that the run of a checkpoint was trained with; r1v for any other checkpoint."""
+    config = Path(folder).parent / "config.json"
+    run = json.loads(config.read_text()) if config.is_file() else {}
+    return run.get("template", "r1v")
+
+
 def main(argv=None) -> dict:
     cfg = parse(Config, argv, __doc__)
     try:
         folder = newest_checkpoint(cfg.model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = Qwen2VL.from_pretrained(folder, device=device)
-        processor = Processor.from_pretrained(folder, cfg.template, max_pixels=cfg.max_pixels)
+        template = cfg.template or template_of(folder)
+        processor = Processor.from_pretrained(folder, template, max_pixels=cfg.max_pixels)
         examples = load_examples(cfg.data, cfg.images, part="test", limit=cfg.limit)
+        if cfg.out:
+            Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+            Path(cfg.out).touch()  # refused now if it cannot be written
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     with torch.autocast(device, torch.bfloat16, enabled=cfg.bf16):
-        found = evaluate(model, processor, examples, cfg.batch, cfg.max_new)
-    print(f"{folder} on {cfg.data}: accuracy {found['accuracy']:.3f} "
+        found = evaluate(model, processor, examples, cfg.batch, cfg.max_new, seed=cfg.seed,
+                         temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k)
+    print(f"{folder} on {cfg.data}, template {template!r}: accuracy {found['accuracy']:.3f} "
           f"({found['low']:.3f} to {found['high']:.3f}, n = {found['n']}), "
           f"format {found['format']:.3f}, unparsable {found['unparsable']:.3f}, "
           f"{found['length']:.1f} tokens")
     if cfg.out:
-        write_json({"model": folder, "data": cfg.data, "template": cfg.template, **found}, cfg.out)
+        write_json({"model": folder, "data": cfg.data, "template": template, **found}, cfg.out)
     return found
 
 

@@ -14,7 +14,7 @@ distribution, temperature and banned tokens included.
 What we do differently: a group shares one copy of prompt and image, in sampling and in training
 (rollout.py). With one update per batch the old log-probs are the current ones: no extra pass.
 
-Letters: B prompts, G completions per prompt, T completion tokens. logp, old, ref (B, G, T) are
+Letters: B prompts, G completions per prompt, T completion tokens. logp, old, ref (B, G, T):
 log-probs of the sampled tokens by the policy that trains, that sampled, and the reference.
 """
 
@@ -51,7 +51,7 @@ class Config:
     images: str | None = opt(None, "folder of the images of a .jsonl; default: beside it")
     template: str = opt("r1v", "prompt template by name, or a text that holds {Question}")
     max_pixels: int | None = opt(None, "pixels of an image at most; default: the checkpoint's")
-    max_prompt: int | None = opt(None, "tokens of a prompt at most; longer ones are refused")
+    max_prompt: int | None = opt(None, "refuse prompts of more tokens, at the start")
     out: str = opt("runs/grpo", "folder of the run")
     seed: int = opt(0, "fixes data order and samples", least=0)
 
@@ -63,7 +63,7 @@ class Config:
     dynamic_sampling: int = opt(0, "times to replace groups without signal", least=0)
 
     rewards: tuple[str, ...] = opt(("accuracy", "format"), "names, or file.py:function")
-    reward_weights: tuple[float, ...] = opt((1.0, 1.0), "one weight per reward")
+    reward_weights: tuple[float, ...] = opt((), "one weight per reward; none: 1 for each")
     advantage: str = opt("group", "group: (r - mean)/std; center: r - mean (Dr. GRPO); loo: RLOO",
                          choices=("group", "center", "loo"))
     ratio: str = opt("token", "importance ratio per token, or per sequence (GSPO)",
@@ -95,9 +95,6 @@ class Config:
 
     def check(self):
         """ValueError for what no single key can say."""
-        if len(self.rewards) != len(self.reward_weights):
-            raise ValueError(f"reward_weights: {len(self.reward_weights)} for {len(self.rewards)} "
-                             "rewards; give one weight per reward")
         names = [item.partition("=")[0] for item in self.evals]
         for item, name in zip(self.evals, names):
             if not item.startswith(f"{name}=") or ":" in name or names.count(name) > 1:
@@ -220,9 +217,7 @@ def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
     The gradient of a step is that of sum(weights x token loss) over the whole batch, whatever
     `micro_prompts` is. A step whose loss or gradient is not finite is skipped and counted.
     """
-    mask = rollout.mask
-    if cfg.mask_truncated:
-        mask = mask & rollout.finished[..., None]
+    mask = rollout.mask & (rollout.finished[..., None] | (not cfg.mask_truncated))
     tokens = parallel.total(mask.sum())
     weights = token_weights(mask, cfg.mean, cfg.prompts * cfg.group, cfg.max_new, tokens)
     rows = list(range(len(rollout.prompts)))
@@ -274,8 +269,8 @@ def step_metrics(rollout: Rollout, table: Tensor, rewards: list) -> dict:
     table = table.transpose(0, 1)  # (R, B, G)
     reward = total_reward(table, rewards)
     found = {"reward": float(reward.nanmean())}
-    found |= {f"reward/{name}": float(t.nanmean()) for (name, _, _), t in zip(rewards, table)}
     names = [name for name, _, _ in rewards]
+    found |= {f"reward/{name}": float(t.nanmean()) for name, t in zip(names, table)}
     if {"accuracy", "format"} <= set(names):
         right, form = (table[names.index(k)] for k in ("accuracy", "format"))
         found["format_only"] = float(((form == 1) & (right == 0)).float().mean())
@@ -313,8 +308,11 @@ def setup(cfg: Config, device: str, seconds: Seconds) -> tuple:
     with seconds("render"):
         examples = load_examples(cfg.data, cfg.images, part="train")
         evals = {k: load_examples(v, part="test") for k, v in (e.split("=", 1) for e in cfg.evals)}
-    policy = Qwen2VL.from_pretrained(folder, device=device)
-    reference = Qwen2VL.from_pretrained(folder, device=device) if cfg.beta else None
+    for example in tqdm(examples, "measure prompts", leave=False) if cfg.max_prompt else ():
+        processor.prompt(example, cfg.max_prompt)
+    with seconds("tiny"):
+        policy = Qwen2VL.from_pretrained(folder, device=device)
+        reference = Qwen2VL.from_pretrained(folder, device=device) if cfg.beta else None
     out = journal.run_folder(cfg.out, cfg) if parallel.rank() == 0 else None
     return processor, rewards, examples, evals, policy, reference, parallel.gathered(out)[0]
 
@@ -323,15 +321,18 @@ def train(cfg: Config) -> dict:
     """The box of DeepSeekMath, Algorithm 1; its lines stand where they are done. -> the summary"""
     device, seconds = parallel.start(), Seconds()
     # 1: initial policy model    3: reference model
-    processor, rewards, examples, evals, policy, reference, out = setup(cfg, device, seconds)
+    try:
+        processor, rewards, examples, evals, policy, reference, out = setup(cfg, device, seconds)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
     optimizers = make_optimizers(policy, cfg.optimizer, cfg.lr, cfg.weight_decay)
     half = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=cfg.bf16)
     probes = [processor.prompt(e) for e in (next(iter(evals.values()), examples))[: cfg.probes]]
     with seconds("eval"), half():
         before = evaluate_all(policy, processor, evals, cfg, out, "before")
 
-    names = [name for name, _, _ in rewards]
-    drawn, bad, main_process = 0, 0, parallel.rank() == 0
+    names, main_process = [name for name, _, _ in rewards], parallel.rank() == 0
+    drawn, bad = 0, 0  # prompts drawn so far; steps in a row without an update
     bar = tqdm(range(1, cfg.steps + 1), desc="grpo", unit="step", disable=not main_process)
     for step in bar:  # 4: for step = 1, ..., M
         set_lr(optimizers, lr := cfg.lr * schedule(step, cfg.steps, cfg.warmup, cfg.schedule))
@@ -360,7 +361,7 @@ def train(cfg: Config) -> dict:
                 if step == cfg.steps or step % cfg.save_every == 0:
                     journal.save_checkpoint(policy, processor, out / f"step_{step:06d}")
         if bad == 5:
-            raise SystemExit(f"step {step}: 5 updates in a row were not finite and were skipped. "
+            raise SystemExit(f"step {step}: no finite update in 5 steps, all were skipped. "
                              "Try a smaller --lr or --max_grad_norm, or --bf16 false.")
     with seconds("eval"), half():
         if main_process:
@@ -390,8 +391,6 @@ def main(argv=None) -> dict:
     cfg = parse(Config, argv, __doc__)
     try:
         return train(cfg)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
     finally:
         parallel.stop()
 

@@ -22,6 +22,7 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def run_folder(name: str, cfg) -> Path:
     if n > 1:
         print(f"{name} holds a run already; this one goes to {out}", file=sys.stderr)
     out.mkdir(parents=True, exist_ok=True)
-    save_json(cfg, out / "config.json")
+    save_json(replace(cfg, out=str(out)), out / "config.json")
     return out
 
 
@@ -82,7 +83,7 @@ def write_json(obj, path) -> None:
     """Writes obj as JSON, whole or not at all; what stood at path before stays until then."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        json.dump(obj, f, indent=1)
+        json.dump(jsonable(obj), f, indent=1, allow_nan=False)
         f.flush()
         os.fsync(f.fileno())
     os.replace(f"{path}.tmp", path)

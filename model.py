@@ -97,7 +97,7 @@ class ModelConfig:
         known["tie_word_embeddings"] = bool(tied)
         known.setdefault("num_key_value_heads", known["num_attention_heads"])
         vision_names = VisionConfig.__dataclass_fields__.keys()
-        vision = {k: v for k, v in raw.get("vision_config", {}).items() if k in vision_names}
+        vision = {k: v for k, v in (raw.get("vision_config") or {}).items() if k in vision_names}
         cfg = cls(**known, vision=VisionConfig(**vision), raw=raw)
         cfg.check(text.get("head_dim"))
         return cfg

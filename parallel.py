@@ -22,7 +22,11 @@ def start() -> str:
         dist.init_process_group("nccl" if cuda else "gloo")
     if not cuda:
         return "cpu"
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        raise SystemExit(f"error: process {local} has no GPU: this machine has "
+                         f"{torch.cuda.device_count()}, start as many processes")
+    device = f"cuda:{local}"
     torch.cuda.set_device(device)
     return device
 

@@ -278,7 +278,7 @@ def page(folder: Path) -> str:
     keys = ("model", "data", "steps", "prompts", "group", "rewards", "beta", "lr", "seed")
     plain = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in config.items()}
     about = " · ".join(f"{k} <b>{esc(plain[k])}</b>" for k in keys if k in plain)
-    if not summary.get("after"):
+    if "after" not in summary:
         last = show(metrics[-1]["step"]) if metrics else 0
         about += f"</p><p>Not finished (no summary.json): the run as of step {last}."
     parts = [("Curves", "A dot is a step, or lies beyond the edge that it is on; the line is their "

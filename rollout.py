@@ -29,7 +29,8 @@ from model import Cache, Layout, Qwen2VL
 
 
 def scaled_logits(hidden: Tensor, head: Tensor, temperature: float, banned: Tensor) -> Tensor:
-    """Logits (S, V) in float32 of the distribution that is sampled from and trained.
+    """Logits (S, V) of the distribution that is sampled from and trained: float32, but for the
+    product itself under bfloat16 autocast.
 
     hidden (S, D), head (V, D), banned (n,) token ids that get probability 0.
     """

@@ -234,7 +234,10 @@ def parse_world(source: str, part: str) -> tuple[str, int, tuple[str, ...], dict
     split, *words = re.split("[,:]", source.removeprefix("world:"))
     options = {"n": 1000, "ask": ("attribute" if split == "B" else "count",), "seed": 0}
     options |= {"part": part, "objects": (3, 10), "size": (112, 112), "look": None, "shapes": None}
+    keys = [word.partition("=")[0] for word in words]
     for key, equals, value in (word.partition("=") for word in words):
+        if keys.count(key) > 1:
+            raise ValueError(f"{source}: {key} is given twice")
         if key not in options:
             raise ValueError(f"{source}: no option {key!r}{nearest(key, options)}")
         try:

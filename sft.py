@@ -64,6 +64,8 @@ def fit(model: Qwen2VL, processor: Processor, rows: list, cfg: Config, title="sf
             loss = sft_loss(model, processor, some[i : i + cfg.micro], tokens)
             loss.backward()
             total += float(loss.detach())
-        apply_gradients(model, optimizers, cfg.max_grad_norm, total)
+        if apply_gradients(model, optimizers, cfg.max_grad_norm, total) is None:
+            raise ValueError(f"{title}, step {step}: loss or gradient is not finite; "
+                             "try a smaller lr")
         losses.append(total)
     return losses

@@ -1,41 +1,38 @@
 """The tiny checkpoint: a Qwen2-VL of about a million parameters, made from nothing.
 
-    python tiny.py --out tiny            # `make tiny`; 30 to 40 minutes on 2 cores
+    python tiny.py --out tiny            # `make tiny`; about 35 minutes on 2 free cores
 
 It stands in for the 2B that one would download, and comes about in the same order:
 
 1. A tokenizer: byte-level BPE with Qwen2's pre-tokenizer and special tokens, learnt from the
    world's own questions.
 2. An eye: the vision tower is pre-trained on dense facts of scenes (how many objects there are in
-   each patch and cell, and of what kind), through linear heads that are thrown away. Colours are
-   those of CoGenT A; grounds and lights vary, but are never those of the third world.
-3. An instruct stage: the language model learns to answer from a teacher who overlooks each small
-   object with probability 0.22 and answers in five ways, of which two have thoughts and three have
-   the answer tags. So it miscounts and mis-formats in a systematic way, as the real 2B does under a
-   think prompt, and neither greedy decoding nor a smaller step size averages that out.
+   each patch and cell, and of what kind), through linear heads that are thrown away: first on
+   CLEVR's shapes, then on a wider world with more shapes and grounds. Cubes and cylinders have the
+   colours of CoGenT A only, and the third world's grounds and shapes are never shown.
+3. An instruct stage: with the eye frozen, the language model learns to answer from a teacher who
+   overlooks each small object with probability 0.22 and answers in five ways: two in the asked
+   format, one with the answer tags alone, two without. So it miscounts and mis-formats in a
+   systematic way, as the real 2B does under a think prompt, and neither greedy decoding nor a
+   smaller step size averages that out.
 """
 
-import math
-import multiprocessing
+import json
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
-from torch import Tensor, nn
-from tqdm import tqdm
 
 import world
 from config import opt, parse
-from data import TEMPLATES, Processor
+from data import PREPROCESSOR, TEMPLATES, Processor
+from eye import WORLDS, train_eye
 from journal import save_checkpoint, write_json
 from model import ModelConfig, Qwen2VL
-from optim import apply_gradients, make_optimizers, schedule, set_lr
 from rewards import ANSWER, THINK
 from rows import Example
 from sft import Config as SFTConfig
@@ -54,6 +51,7 @@ class Config:
     instruct_steps: int = opt(800, "steps of the instruct stage, 32 rows each", least=1)
     instruct_lr: float = opt(2e-3, "its step size (Muon, cosine)", above=0)
     overlook: float = opt(0.22, "the teacher misses a small object with this probability", least=0)
+    replace: bool = opt(False, "a folder that is there gives way once the new one is whole")
 
 
 # ------------------------------------------------------------------------------------- tokenizer
@@ -78,14 +76,7 @@ CHAT_TEMPLATE = (
     "{% else %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-PREPROCESSOR = {
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True,
-    "size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}, "resample": 3,
-    "rescale_factor": 1 / 255, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
-}  # fmt: skip
+SETTINGS = {**PREPROCESSOR, "size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
 
 
 def make_tokenizer(folder: Path, corpus: list[str], most: int = 1024) -> dict[str, int]:
@@ -143,129 +134,6 @@ def model_config(ids: dict[str, int], vocab_size: int) -> dict:
     }  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------- the eye
-
-SIZE, PATCH, CELL = 112, 14, 28  # pixels
-CHUNK = 1024  # scenes rendered at a time
-WORLDS = (("varied", "known"), ("wild", "more"))  # look and shapes of the eye's two stages
-
-
-def values(shapes: str) -> tuple[str, ...]:
-    """The attribute values of a world, in the order of `eye_chunk`'s facts."""
-    return (*world.COLORS, *world.SHAPES[shapes], *world.MATERIALS, *world.SIZES)
-
-
-def eye_chunk(seed: int, look: str, shapes: str, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scenes k CHUNK ... (k+1) CHUNK - 1 of the eye's world: images (n, H, W, 3) uint8 and facts
-    (n, 64, 1 + values) int8: how many objects have their centre in a patch, and how many of each
-    attribute value. Patches are in the order of data.patchify: 2 x 2 of a cell, then the next.
-    """
-    scenes = world.make_scenes(
-        CHUNK, split="A", seed=seed, part="train", look=look, shapes=shapes, start=k * CHUNK
-    )
-    side, names = SIZE // PATCH, values(shapes)
-    facts = np.zeros((CHUNK, side * side, 1 + len(names)), np.int8)
-    for i, scene in enumerate(scenes):
-        for o in scene["objects"]:
-            x, y = (min(max(int(c // PATCH), 0), side - 1) for c in o["pixel_coords"][:2])
-            patch = (y // 2 * side // 2 + x // 2) * 4 + y % 2 * 2 + x % 2
-            kinds = [names.index(o[name]) for name in ("color", "shape", "material", "size")]
-            facts[i, patch, [0, *(1 + v for v in kinds)]] += 1
-    return world.render(scenes), facts
-
-
-def eye_chunks(n: int, *world_of):
-    """The chunks 0 ... n-1 in order, rendered ahead in a process of its own (spawned, not forked).
-    """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        ahead = [pool.submit(eye_chunk, *world_of, k) for k in range(min(4, n))]
-        for k in range(n):
-            yield ahead.pop(0).result()
-            if k + 4 < n:
-                ahead.append(pool.submit(eye_chunk, *world_of, k + 4))
-
-
-def normalise(images: Tensor) -> Tensor:
-    """uint8 (n, H, W, 3) -> patches (n P, C), as data.patchify makes them, for many at once."""
-    n, side = len(images), SIZE // CELL
-    mean, std = (torch.tensor(PREPROCESSOR[k]) for k in ("image_mean", "image_std"))
-    x = (images.float() / 255 - mean) / std
-    x = x.view(n, side, 2, PATCH, side, 2, PATCH, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)
-    x = x.reshape(n * side * side * 4, 3, 1, PATCH * PATCH)
-    return x.expand(-1, -1, 2, -1).flatten(1)
-
-
-class EyeHeads(nn.Module):
-    """What the pre-training asks of patches and of image tokens; thrown away afterwards."""
-
-    def __init__(self, patch_width: int, width: int, values: int):
-        super().__init__()
-        self.patch = nn.Linear(patch_width, 3 + values)  # 0, 1, 2 centres; which values
-        self.cell = nn.Linear(width, 5 + values)  # 0, ..., 4 objects; which values
-
-    def forward(self, states: Tensor, features: Tensor, facts: Tensor) -> tuple[Tensor, Tensor]:
-        """states (n 64, D_vision), features (n 16, D), facts (n, 64, 1 + values) -> loss, and the
-        share of the n images whose objects are counted right by adding up the cells."""
-        cells = facts.view(len(facts), -1, 4, facts.shape[-1]).sum(2)  # (n, 16, ...)
-        count = cells[..., 0]
-        loss_patch, _ = self.read(self.patch(states).float(), facts.flatten(0, 1), 3)
-        loss_cell, logits = self.read(self.cell(features).float(), cells.flatten(0, 1), 5)
-        expected = (logits.softmax(-1) @ torch.arange(5.0)).view(count.shape).sum(1)
-        loss_sum = F.smooth_l1_loss(expected, count.sum(1).float())
-        right = logits.argmax(-1).view(count.shape).sum(1) == count.sum(1)
-        return 3 * loss_patch + loss_cell + 0.1 * loss_sum, right.float().mean()
-
-    def read(self, said: Tensor, facts: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        """Loss of the count (the first `most` outputs, as classes) and, where there is an object,
-        of which values are there (the other outputs); the logits of the count."""
-        count, there = facts[:, 0].long(), facts[:, 0] > 0
-        loss = F.cross_entropy(said[:, :most], count.clamp(max=most - 1))
-        values = F.binary_cross_entropy_with_logits(
-            said[there, most:], (facts[there, 1:] > 0).float()
-        )
-        return loss + values / 3, said[:, :most]
-
-
-def mirrored(images: np.ndarray, facts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Left and right swapped, in pictures (n, H, W, 3) and in facts (n, 64, ...)."""
-    side = SIZE // CELL
-    blocks = facts.reshape(len(facts), side, side, 2, 2, -1)
-    return images[:, :, ::-1], blocks[:, :, ::-1, :, ::-1].reshape(facts.shape)
-
-
-def train_eye(model: Qwen2VL, steps: int, lr: float, seed: int, look: str, shapes: str) -> float:
-    """Pre-trains model.visual on fresh scenes, each seen once as it is and once mirrored; returns
-    the share of the last 3,200 pictures whose objects are counted right by adding up the cells."""
-    batch, side = 32, SIZE // CELL
-    torch.manual_seed(seed)
-    heads = EyeHeads(model.cfg.vision.embed_dim, model.cfg.hidden_size, len(values(shapes)))
-    both = nn.ModuleList((model.visual, heads))
-    optimizers = make_optimizers(both, "muon", lr)
-    grid = torch.tensor([[1, 2 * side, 2 * side]]).expand(batch, 3)
-    rng, right, step = np.random.default_rng(seed), [], 0
-    bar = tqdm(total=steps, desc=f"eye, {look}", unit="step")
-    for chunk in eye_chunks(math.ceil(steps * batch / CHUNK / 2), seed, look, shapes):
-        for images, facts in (chunk, mirrored(*chunk)):
-            for at in rng.permutation(CHUNK).reshape(-1, batch)[: steps - step]:
-                step += 1
-                rate = 0.01 + 0.99 * schedule(step, steps, kind="cosine")
-                set_lr(optimizers, lr * min(1.0, step / 50) * rate)
-                with torch.autocast("cpu", torch.bfloat16):
-                    patches = normalise(torch.from_numpy(images[at]))
-                    states = model.visual.patch_states(patches, grid)
-                    loss, share = heads(
-                        states, model.visual.merger(states), torch.from_numpy(facts[at])
-                    )
-                loss.backward()
-                apply_gradients(both, optimizers, 1.0, float(loss.detach()))
-                right.append(float(share))
-                bar.update()
-                if step % 100 == 0:
-                    bar.set_postfix(right=f"{np.mean(right[-100:]):.3f}")
-    bar.close()
-    return float(np.mean(right[-100:]))
-
-
 # ------------------------------------------------------------------------------- the instruct stage
 
 # Share and form of the teacher's answers; {n} is the answer, {large} and {small} its parts.
@@ -321,20 +189,18 @@ def corpus(seed: int) -> list[str]:
     return [*lines, *["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * 50]
 
 
-def main(argv=None) -> None:
-    cfg = parse(Config, argv, __doc__)
-    out = Path(cfg.out)
-    if (out / "config.json").exists():
-        raise SystemExit(f"error: --out {out}: a checkpoint is there already; remove it first")
-    torch.set_num_threads(1)  # one core trains, one draws; and sums keep their order
-    work = out.with_name(out.name + ".build")  # an eye that is there already is used again
+def build(cfg: Config, work: Path) -> Path:
+    """All stages, in the folder `work`; an eye that an earlier try left there is used again."""
+    asked = json.dumps(vars(cfg))
+    if (work / "asked.json").exists() and (work / "asked.json").read_text() != asked:
+        raise SystemExit(f"error: {work} was begun with other keys; remove it, or ask the same")
     ids = make_tokenizer(work, corpus(cfg.seed))
-    write_json(PREPROCESSOR, work / "preprocessor_config.json")
+    (work / "asked.json").write_text(asked)
+    write_json(SETTINGS, work / "preprocessor_config.json")
     ends = {"bos_token_id": ids["<|endoftext|>"], "pad_token_id": ids["<|endoftext|>"],
             "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]]}  # fmt: skip
     write_json({**ends, "do_sample": True, "temperature": 1.0}, work / "generation_config.json")
-    vocab = Tokenizer.from_file(str(work / "tokenizer.json")).get_vocab_size()
-    raw = model_config(ids, vocab)
+    raw = model_config(ids, Tokenizer.from_file(str(work / "tokenizer.json")).get_vocab_size())
     write_json(raw, work / "config.json")
     model = Qwen2VL(ModelConfig.from_dict(raw)).init_weights(cfg.seed)
     processor = Processor.from_pretrained(work, "{Question}")
@@ -351,7 +217,20 @@ def main(argv=None) -> None:
     stage = SFTConfig(steps=cfg.instruct_steps, optimizer="muon", lr=cfg.instruct_lr, seed=cfg.seed)
     losses = fit(model, processor, rows, stage, title="instruct")
     print(f"instruct: loss {losses[0]:.3f} -> {np.mean(losses[-50:]):.3f}")
-    save_checkpoint(model, processor, out)
+    save_checkpoint(model, processor, work / "whole")
+    return work / "whole"
+
+
+def main(argv=None) -> None:
+    cfg = parse(Config, argv, __doc__)
+    out = Path(cfg.out)
+    if out.exists() and not cfg.replace:
+        raise SystemExit(f"error: --out {out} is there already; remove it or say --replace")
+    torch.set_num_threads(1)  # one core trains, one draws; and sums keep their order
+    work = out.with_name(out.name + ".build")
+    whole = build(cfg, work)
+    shutil.rmtree(out, ignore_errors=True)
+    whole.rename(out)
     shutil.rmtree(work)
 
 

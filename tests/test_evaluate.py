@@ -5,6 +5,7 @@ right and well formed, right only, well formed only, neither, and two answers at
 """
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from tiny_checkpoint import make_checkpoint
 
 import rows
 from data import Example, Processor, collate
-from evaluate import evaluate, main, summary, wilson
+from evaluate import evaluate, main, summary, template_of, wilson
 from journal import save_checkpoint
 from model import Layout, Qwen2VL
 from rollout import as_rollout, score
@@ -171,6 +172,20 @@ def test_the_batch_size_does_not_change_the_results(taught, batch):
     assert found == whole
 
 
+def test_sampled_answers_are_fixed_by_the_seed_and_not_by_the_batch(taught):
+    hot = {"temperature": 5.0, "top_k": 50}
+    ask = lambda batch, seed: [  # noqa: E731
+        r["model_output"]
+        for r in evaluate(
+            taught.model, taught.processor, EXAMPLES, batch, NEW, seed=seed, **hot
+        )["results"]
+    ]
+    assert ask(5, 1) == ask(2, 1) != ask(5, 2)
+    greedy = evaluate(taught.model, taught.processor, EXAMPLES, 5, NEW)["results"]
+    narrow = evaluate(taught.model, taught.processor, EXAMPLES, 5, NEW, temperature=5.0, top_k=1)
+    assert [r["model_output"] for r in narrow["results"]] == [r["model_output"] for r in greedy]
+
+
 def test_an_answer_cut_at_max_new_is_unparsable_and_wrong(taught):
     found = evaluate(taught.model, taught.processor, EXAMPLES[:1], max_new=4)
     assert found["unparsable"] == 1 and found["accuracy"] == found["format"] == 0
@@ -292,6 +307,27 @@ def test_what_is_missing_is_named_and_nothing_is_written(taught, tmp_path):
     assert not out.exists()
 
 
-def test_the_model_must_be_given():
-    with pytest.raises(SystemExit, match=r"error: .*model"):
+def test_the_template_is_that_of_the_run_unless_another_is_named(taught, tmp_path):
+    run_folder = tmp_path / "run"
+    shutil.copytree(taught.folder, run_folder / "step_000003")
+    (run_folder / "config.json").write_text('{"template": "Say: {Question}"}')
+    assert template_of(str(run_folder / "step_000003")) == "Say: {Question}"
+    assert template_of(str(tmp_path / "elsewhere")) == "r1v"
+    data = write_rows(tmp_path, EXAMPLES[:1])
+    common = ["--model", str(run_folder), "--data", data, "--images", str(tmp_path / "pictures")]
+    prompts = [main([*common, *more])["results"][0]["prompt"]
+               for more in ([], ["--template", "r1v"])]  # fmt: skip
+    assert "Say: " in prompts[0] and "Say: " not in prompts[1]
+
+
+def test_options_that_would_do_nothing_are_refused(capsys):
+    for words in (["--top_p", "0.9"], ["--top_k", "5"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert "need a temperature above 0" in capsys.readouterr().err
+
+
+def test_where_there_is_no_run_a_model_must_be_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"error: model runs: neither a checkpoint"):
         main(["--data", "world:A:n=2"])

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from test_budget import FILES
 
 import controls
 import evaluate
@@ -25,7 +26,8 @@ def test_every_make_target_in_it_exists():
 
 
 def test_make_help_lists_every_target_with_a_line():
-    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    command = ["make", "--no-print-directory", "-s", "help"]  # also below another make
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
     listed = dict(line.split(None, 1) for line in told.splitlines())
     assert set(listed) == set(phony)
@@ -34,7 +36,7 @@ def test_make_help_lists_every_target_with_a_line():
 def test_its_table_of_files_is_the_files():
     table = SECTIONS["The files, in reading order"]
     named = set(re.findall(r"`(\w+\.py)`", table.split("`tests/")[0]))
-    assert named == {p.name for p in ROOT.glob("*.py")}
+    assert named == {path.name for path in FILES}
 
 
 def test_the_functions_and_keys_of_the_algorithm_exist():
@@ -77,6 +79,11 @@ def test_every_recipe_resolves(path):
 def test_its_table_of_results_is_the_measured_one():
     found = json.loads((ROOT / "bench/controls.json").read_text())
     assert controls.show(found) in README
+
+
+def test_nothing_in_it_waits_for_a_number():
+    for name in ("README.md", "LOG.md"):
+        assert not re.search(r"@[A-Z]+\d*@", (ROOT / name).read_text(encoding="utf-8")), name
 
 
 def test_its_links_and_pictures_exist():
