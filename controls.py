@@ -115,7 +115,8 @@ def show(found: dict) -> str:
 
 
 def plot(found: dict, path: str) -> None:
-    """Left: sampled accuracy while GRPO trains, a line per seed. Right: greedy accuracy after."""
+    """Left: sampled accuracy while GRPO trains, a line per seed (mean of 21 steps). Right: greedy
+    accuracy after, a dot per seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,12 +124,13 @@ def plot(found: dict, path: str) -> None:
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=(1, 1.9))
     for kind, runs in found["curves"].items():
-        for i, run in enumerate(runs):
+        for run in runs:
             steps = [r["step"] for r in run]
             share = [r.get("reward/accuracy", np.nan) for r in run]
-            left.plot(steps, share, color=COLOURS[kind], lw=1, alpha=0.8,
-                      label=kind if i == 0 and np.isfinite(share[0]) else None)  # fmt: skip
-    left.set(xlabel="step", ylabel="sampled accuracy on A", ylim=(0, 1))
+            left.plot(steps, share, ".", color=COLOURS[kind], ms=2, alpha=0.2, mew=0)
+            mean = [np.mean(share[max(0, k - 10) : k + 11]) for k in range(len(share))]
+            left.plot(steps, mean, color=COLOURS[kind], lw=1.3)
+    left.set(xlabel="step", ylabel="sampled accuracy, training questions", ylim=(0, 1))
     kinds = [k for k in COLOURS if k in found["results"]]
     names = list(found["results"][kinds[0]])
     for i, kind in enumerate(kinds):
