@@ -1023,7 +1023,7 @@ def test_a_run_that_only_skips_stops_and_says_what_to_try(run_keys, folder, tmp_
     """With a reward of size 1e37 the loss is finite, and the norm of the gradient is not."""
     changes = {"reward_weights": (1e37, 1.0), "advantage": "center", "evals": (), "steps": 9}
     cfg = Config(**{**run_keys, **changes}, out=str(tmp_path / "run"))
-    with pytest.raises(SystemExit, match="step 5: 5 updates in a row were not finite"):
+    with pytest.raises(SystemExit, match="step 5: no finite update in 5 steps"):
         train(cfg)
     logged = lines_of(tmp_path / "run" / "metrics.jsonl")
     assert all(row["skipped"] == 1 and math.isfinite(row["loss"]) for row in logged)
@@ -1032,7 +1032,6 @@ def test_a_run_that_only_skips_stops_and_says_what_to_try(run_keys, folder, tmp_
 
 MISTAKES = [
     (["--group", "1"], "group 1"),
-    (["--rewards", "accuracy"], "reward_weights: 2 for 1 rewards"),
     (["--evals", "world:A:n=5"], "is not NAME=SOURCE"),
     (["--evals", "A=world:A:n=5,test.jsonl"], "'test.jsonl' is not NAME=SOURCE"),
     (["--advantage", "grup"], "advantage"),
@@ -1049,6 +1048,23 @@ def test_mistakes_in_the_config_are_refused(argv, told, capsys):
         parse(Config, argv)
     assert stop.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_weight_for_each_reward_or_none_at_all(run_keys, tmp_path):
+    """Refused before anything is written; without weights each reward counts 1."""
+    cfg = Config(**{**run_keys, "reward_weights": (1.0, 1.0, 1.0)}, out=str(tmp_path / "run"))
+    with pytest.raises(SystemExit, match=r"error: reward weights: 3 for \d rewards"):
+        train(cfg)
+    assert not (tmp_path / "run").exists()
+    found = load_rewards(("accuracy", "format"), Config().reward_weights)
+    assert [weight for _, _, weight in found] == [1, 1]
+
+
+def test_a_prompt_that_is_too_long_is_refused_at_the_start(run_keys, tmp_path):
+    cfg = Config(**{**run_keys, "max_prompt": 5}, out=str(tmp_path / "run"))
+    with pytest.raises(SystemExit, match=r"error: .*:1: the prompt has \d+ tokens"):
+        train(cfg)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_defaults_and_several_evals_are_accepted():

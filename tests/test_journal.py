@@ -36,6 +36,7 @@ from rollout import as_rollout, sample
 class Config:
     steps: int = opt(3, "steps")
     names: tuple[str, ...] = opt(("a", "b"), "names")
+    out: str = opt("runs/x", "folder")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,8 @@ def everything(folder: Path) -> dict[str, bytes]:
 def test_a_run_folder_holds_every_key(tmp_path):
     out = run_folder(str(tmp_path / "runs" / "new"), Config(steps=7))
     assert out == tmp_path / "runs" / "new"
-    assert json.loads((out / "config.json").read_text()) == {"steps": 7, "names": ["a", "b"]}
+    told = {"steps": 7, "names": ["a", "b"], "out": str(out)}  # where the run really went
+    assert json.loads((out / "config.json").read_text()) == told
 
 
 def test_a_second_run_of_the_same_name_goes_elsewhere_and_says_so(tmp_path, capsys):

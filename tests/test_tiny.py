@@ -75,7 +75,11 @@ def test_the_teacher_answers_in_format_four_times_in_ten():
 def test_instruction_uses_both_prompts_and_the_training_part_only(monkeypatch):
     parts = []
     make = world.make_scenes
-    spy = lambda *a, part="train", **k: parts.append(part) or make(*a, part=part, **k)  # noqa: E731
+
+    def spy(n, split, seed, part, **more):
+        parts.append(part)
+        return make(n, split, seed, part, **more)
+
     monkeypatch.setattr(world, "make_scenes", spy)
     rows = tiny.instruct_rows(6, 0, 0.22)
     assert len(rows) == 12 and set(parts) == {"train"}

@@ -35,7 +35,7 @@ def test_the_splits_are_cogents_and_c_is_a_world_of_its_own():
     assert {thing["shape"] for scene in c for thing in scene["objects"]} == {"cone", "torus"}
     assert colors_of(c, "cone") == colors_of(c, "torus") == FIRST | SECOND
     assert {scene["look"]["name"] for scene in a + b} == {"plain"}
-    assert {scene["look"]["name"] for scene in c} == {"tiles"}
+    assert {scene["look"]["name"] for scene in c} == {"checker"}
 
 
 def test_look_and_shapes_are_chosen_apart_from_the_split():
