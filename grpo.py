@@ -53,6 +53,7 @@ class Config:
     max_pixels: int | None = opt(None, "pixels of an image at most; default: the checkpoint's")
     max_prompt: int | None = opt(None, "refuse prompts of more tokens, at the start")
     out: str = opt("runs/grpo", "folder of the run")
+    note: str = opt("", "a word to the reader of the report, at its head")
     seed: int = opt(0, "fixes data order and samples", least=0)
 
     steps: int = opt(100, "optimizer batches: sample, score, update", least=1)

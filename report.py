@@ -278,9 +278,8 @@ def page(folder: Path) -> str:
     keys = ("model", "data", "steps", "prompts", "group", "rewards", "beta", "lr", "seed")
     plain = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in config.items()}
     about = " · ".join(f"{k} <b>{esc(plain[k])}</b>" for k in keys if k in plain)
-    if "after" not in summary:
-        last = show(metrics[-1]["step"]) if metrics else 0
-        about += f"</p><p>Not finished (no summary.json): the run as of step {last}."
+    late = f"Not finished: as of step {show(metrics[-1]['step'] if metrics else 0)}."
+    notes = (about, esc(config.get("note") or ""), late * ("after" not in summary))
     parts = [("Curves", "A dot is a step, or lies beyond the edge that it is on; the line is their "
               "local mean, the number its last value.", curves(metrics)),
              ("The same questions as it learns", "Answered greedily.", probes(folder, probed))]
@@ -290,8 +289,9 @@ def page(folder: Path) -> str:
                       "likely.", "".join(groups)))  # fmt: skip
     body = "".join(f"<section><h2>{title}</h2><p>{text}</p>{found or '<p>Nothing was logged.</p>'}"
                    "</section>" for title, text, found in parts)  # fmt: skip
-    return PAGE.format(name=esc(folder.resolve().name), style=STYLE, about=about, body=body,
-                       table=results(summary), config=esc(json.dumps(config, indent=1)))
+    return PAGE.format(name=esc(folder.resolve().name), style=STYLE, body=body,
+                       about="</p><p>".join(filter(None, notes)), table=results(summary),
+                       config=esc(json.dumps(config, indent=1)))
 
 
 def write(folder) -> Path:

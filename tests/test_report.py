@@ -319,6 +319,14 @@ def test_the_page_has_its_parts_in_order_and_a_language(tmp_path):
     assert sorted(parts, key=text.index) == list(parts) and "Not finished" not in text
 
 
+def test_the_note_of_the_run_stands_at_its_head_escaped(tmp_path):
+    folder = a_run(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "note": "flawed <on> purpose"}))
+    text = report.page(folder)
+    assert text.index("<h1>") < text.index("flawed &lt;on&gt; purpose") < text.index("<table>")
+
+
 @pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl", "probes.jsonl",
                                   "rollouts.jsonl", "images/a.png"])
 def test_a_page_is_written_without_any_one_of_the_files(tmp_path, name):
