@@ -34,6 +34,7 @@ class Config:
     data: str = opt("world:A:n=500", "world:A, world:B, world:C (with options), or a .jsonl")
     images: str | None = opt(None, "folder of the images; default: beside the .jsonl")
     out: str | None = opt(None, "results file to write, JSON")
+    bad_rows: str = opt("refuse", "or skip: leave them out", choices=("refuse", "skip"))
     template: str | None = opt(None, "prompt template by name, or a text that holds {Question}; "
                                "default: that of the run the model comes from, else r1v")
     limit: int | None = opt(None, "questions at most", least=1)
@@ -138,7 +139,7 @@ def main(argv=None) -> dict:
         model = Qwen2VL.from_pretrained(folder, device=device)
         template = cfg.template or template_of(folder)
         processor = Processor.from_pretrained(folder, template, max_pixels=cfg.max_pixels)
-        examples = load_examples(cfg.data, cfg.images, part="test", limit=cfg.limit)
+        examples = load_examples(cfg.data, cfg.images, "test", cfg.limit, cfg.bad_rows)
         if cfg.out:
             Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
             Path(cfg.out).touch()  # refused now if it cannot be written

@@ -49,6 +49,7 @@ class Config:
     model: str = opt("tiny", "checkpoint folder to start from")
     data: str = opt("world:A:n=6400", "rows to train on: world:… or a .jsonl")
     images: str | None = opt(None, "folder of the images of a .jsonl; default: beside it")
+    bad_rows: str = opt("refuse", "or skip: leave them out", choices=("refuse", "skip"))
     template: str = opt("r1v", "prompt template by name, or a text that holds {Question}")
     max_pixels: int | None = opt(None, "pixels of an image at most; default: the checkpoint's")
     max_prompt: int | None = opt(None, "refuse prompts of more tokens, at the start")
@@ -301,13 +302,12 @@ def setup(cfg: Config, device: str, seconds: Seconds) -> tuple:
     """All that a run reads, checked before anything is written: processor, rewards, rows, evals,
     policy and reference (lines 1 and 3), and the run's folder."""
     if cfg.prompts < parallel.size():
-        raise ValueError(f"prompts {cfg.prompts}: must be at least 1 for each of the "
-                         f"{parallel.size()} processes")
+        raise ValueError(f"prompts {cfg.prompts}: fewer than the {parallel.size()} processes")
     rewards = load_rewards(cfg.rewards, cfg.reward_weights)
     folder = journal.newest_checkpoint(cfg.model)
     processor = Processor.from_pretrained(folder, cfg.template, max_pixels=cfg.max_pixels)
     with seconds("render"):
-        examples = load_examples(cfg.data, cfg.images, part="train")
+        examples = load_examples(cfg.data, cfg.images, "train", bad_rows=cfg.bad_rows)
         evals = {k: load_examples(v, part="test") for k, v in (e.split("=", 1) for e in cfg.evals)}
     for example in tqdm(examples, "measure prompts", leave=False) if cfg.max_prompt else ():
         processor.prompt(example, cfg.max_prompt)

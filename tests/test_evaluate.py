@@ -327,6 +327,17 @@ def test_options_that_would_do_nothing_are_refused(capsys):
         assert "need a temperature above 0" in capsys.readouterr().err
 
 
+def test_bad_rows_are_left_out_only_if_asked(taught, tmp_path, capsys):
+    data = write_rows(tmp_path, EXAMPLES[:2])
+    with open(data, "a") as f:
+        f.write('{"problem": "no solution"}\n')
+    words = ["--model", str(taught.folder), "--data", data, "--images", str(tmp_path / "pictures")]
+    with pytest.raises(SystemExit, match=r"1 of 3 rows are bad"):
+        main(words)
+    assert main([*words, "--bad_rows", "skip"])["n"] == 2
+    assert "1 of 3 rows are bad" in capsys.readouterr().err
+
+
 def test_where_there_is_no_run_a_model_must_be_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=r"error: model runs: neither a checkpoint"):

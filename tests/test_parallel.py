@@ -103,5 +103,5 @@ def test_fewer_prompts_than_processes_are_refused(monkeypatch, rows):
 
     monkeypatch.setattr(parallel, "size", lambda: 4)
     cfg = grpo.Config(model=str(rows / "model"), data=str(rows / "rows.jsonl"), prompts=3)
-    with pytest.raises(ValueError, match="at least 1 for each of the 4 processes"):
+    with pytest.raises(ValueError, match="prompts 3: fewer than the 4 processes"):
         grpo.setup(cfg, "cpu", None)
