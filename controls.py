@@ -26,6 +26,7 @@ import grpo
 import parallel
 from config import opt, parse, read
 from data import Processor
+from evaluate import load_evals
 from journal import save_checkpoint, write_json
 from model import Qwen2VL
 from rows import load_examples
@@ -69,11 +70,8 @@ def run_all(cfg: Config) -> dict:
     found, curves = {}, {}
     for seed in range(cfg.seeds):
         base = read(grpo.Config, [cfg.recipe, "--seed", str(seed)])
-        evals = {k: load_examples(v, part="test") for k, v in (e.split("=", 1) for e in base.evals)}
-        kinds = {
-            "GRPO": [],
-            "format only": ["--rewards", "format", "--reward_weights", "1"],
-        }
+        evals = load_evals(base.evals)
+        kinds = {"GRPO": [], "format only": ["--rewards", "format"]}
         after = {}
         for kind, extra in kinds.items():
             out = Path(f"runs/controls_{kind.replace(' ', '_')}_{seed}")

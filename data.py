@@ -28,7 +28,6 @@ from torch import Tensor
 from config import nearest
 from rewards import ANSWER, THINK
 from rows import Example, open_image
-from rows import load_examples as load_examples  # part of this file's interface
 
 # ------------------------------------------------------------------------------------ prompt, batch
 

@@ -69,7 +69,7 @@ def evaluate(
     Several processes answer a share each, and all return the whole.
     accuracy (with its 95 % interval low, high), format and unparsable are shares in [0, 1].
     """
-    score = {name: f for name, f, _ in load_rewards(("accuracy", "format"), (1.0, 1.0))}
+    score = {name: f for name, f, _ in load_rewards(("accuracy", "format"))}
     results = []
     first, count = parallel.share(len(examples))
     examples = examples[first : first + count]
@@ -98,6 +98,12 @@ def evaluate(
     bar.close()
     results = [r for some in parallel.gathered(results) for r in some]
     return {**summary(results), "results": results}
+
+
+def load_evals(sources: tuple[str, ...]) -> dict[str, list[Example]]:
+    """{NAME: held-out examples} of "NAME=SOURCE" items, as in the key `evals` of a run."""
+    named = (item.split("=", 1) for item in sources)
+    return {name: load_examples(source, part="test") for name, source in named}
 
 
 def summary(results: list[dict]) -> dict:

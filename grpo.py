@@ -33,7 +33,7 @@ import parallel
 import report
 from config import opt, parse
 from data import Processor
-from evaluate import evaluate
+from evaluate import evaluate, load_evals
 from journal import Seconds
 from model import Qwen2VL
 from optim import apply_gradients, draw_rows, make_optimizers, schedule, set_lr
@@ -308,7 +308,7 @@ def setup(cfg: Config, device: str, seconds: Seconds) -> tuple:
     processor = Processor.from_pretrained(folder, cfg.template, max_pixels=cfg.max_pixels)
     with seconds("render"):
         examples = load_examples(cfg.data, cfg.images, "train", bad_rows=cfg.bad_rows)
-        evals = {k: load_examples(v, part="test") for k, v in (e.split("=", 1) for e in cfg.evals)}
+        evals = load_evals(cfg.evals)
     for example in tqdm(examples, "measure prompts", leave=False) if cfg.max_prompt else ():
         processor.prompt(example, cfg.max_prompt)
     with seconds("tiny"):

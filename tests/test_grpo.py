@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_checkpoint import make_checkpoint
+from tiny_checkpoint import make_checkpoint, picture
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 
@@ -341,10 +341,6 @@ def processor(folder):
 @pytest.fixture
 def qwen(folder):
     return Qwen2VL.from_pretrained(folder)
-
-
-def picture(seed: int, height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 EXAMPLES = [  # prompts of unequal length with images of unequal size and number

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_checkpoint import make_checkpoint
+from tiny_checkpoint import make_checkpoint, picture
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -57,10 +57,6 @@ def made(tmp_path_factory):
     return SimpleNamespace(
         model=model, reference=reference, processor=processor, prompts=prompts, folder=folder
     )
-
-
-def picture(seed: int, height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
 EXAMPLES = [

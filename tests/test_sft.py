@@ -5,10 +5,9 @@ Everything runs on a random checkpoint that transformers wrote (tests/tiny_check
 
 import copy
 
-import numpy as np
 import pytest
 import torch
-from tiny_checkpoint import make_checkpoint
+from tiny_checkpoint import make_checkpoint, picture
 from transformers import Qwen2VLForConditionalGeneration
 
 import sft
@@ -33,10 +32,6 @@ def processor(folder):
 @pytest.fixture
 def qwen(folder):
     return Qwen2VL.from_pretrained(folder)
-
-
-def picture(seed: int, height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 ROWS = [  # unequal prompts, images and targets; one row without an image

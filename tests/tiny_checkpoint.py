@@ -12,6 +12,7 @@ published order; only the vocabulary is small.
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
@@ -53,6 +54,11 @@ CORPUS = [
     "<think> one, two, three, four, five red cubes and six brown cylinders </think>\n"
     "<answer> 3 </answer>",
 ]
+
+
+def picture(seed: int, height: int, width: int) -> np.ndarray:
+    """Random pixels (H, W, 3) uint8."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def make_tokenizer(folder, vocab_size: int = 384, corpus=CORPUS) -> Path:
