@@ -25,9 +25,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from config import nearest
-from rewards import ANSWER, THINK
 from rows import Example, open_image
+from template import Template, find_template
 
 # ------------------------------------------------------------------------------------ prompt, batch
 
@@ -134,13 +133,6 @@ def mrope_positions(layout: list[int | tuple[int, int, int]]) -> Tensor:
 
 # ---------------------------------------------------------------------------------------- processor
 
-SYSTEM = "You are a helpful assistant."
-TAGS = "{} {} and final answer (number) in {} {} tags.".format(*THINK, *ANSWER)
-TEMPLATES = {
-    "r1v": "{Question}  Output the thinking process in " + TAGS,  # R1-V trains with two blanks
-    "r1v_eval": "{Question} First output the thinking process in " + TAGS,  # and evaluates so
-    "direct": "{Question} Give only the final answer, in " + " ".join(ANSWER) + " tags.",
-}
 MARKUP = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 # No completion may hold these: they open a turn, or stand for an image that is not there. Other
 # special tokens may be sampled, since Qwen2-VL grounds its answers with box and object tokens.
@@ -166,7 +158,7 @@ class Processor:
     """How a checkpoint reads text and images. Made by Processor.from_pretrained."""
 
     tokenizer: Tokenizer  # special tokens in a text that it encodes stay text
-    template: str  # holds {Question}
+    template: Template
     settings: dict  # preprocessor_config.json, completed
     table: np.ndarray = field(repr=False)  # (3, 256) float32, see patchify
     stop_ids: list[int]  # end a completion; the first is the chat template's <|im_end|>
@@ -176,18 +168,14 @@ class Processor:
     files: dict[str, bytes] = field(repr=False)
 
     @classmethod
-    def from_pretrained(cls, folder, template="r1v", min_pixels=None, max_pixels=None):
-        """Reads a Hugging Face folder. template: a name in TEMPLATES, or a text with {Question}.
+    def from_pretrained(cls, folder, template="r1v", min_pixels=None, max_pixels=None, system=None):
+        """Reads a Hugging Face folder. template, system: see template.find_template.
 
         min_pixels, max_pixels (of an image, after resizing) go before the folder's. Raises
         ValueError, naming the folder, for what is missing or does not fit together.
         """
         folder = Path(folder)
         files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
-        text = TEMPLATES.get(template, template)
-        if "{Question}" not in text:
-            raise ValueError(f"template {template!r}: neither a text with {{Question}} nor one of "
-                             f"{', '.join(TEMPLATES)}{nearest(template, TEMPLATES)}")
         tokenizer = load_tokenizer(folder)
         settings = image_settings(folder, min_pixels, max_pixels)
         if (min_pixels, max_pixels) != (None, None) or "preprocessor_config.json" not in files:
@@ -195,7 +183,7 @@ class Processor:
             files.pop("processor_config.json", None)  # its settings would go before these
         return cls(
             tokenizer=tokenizer,
-            template=text,
+            template=find_template(template, system),
             settings=settings,
             table=byte_table(settings),
             stop_ids=end_tokens(folder, tokenizer),
@@ -211,6 +199,11 @@ class Processor:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
+
+    def __setstate__(self, state: dict) -> None:
+        """For worker processes: a pickled tokenizer forgets its encode_special_tokens."""
+        vars(self).update(state)
+        self.tokenizer.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ordinary text: "<|im_end|>" in it is text, not the end of a turn."""
@@ -231,21 +224,27 @@ class Processor:
             image = np.asarray(Image.fromarray(image).resize(size[::-1], settings["resample"]))
         return patchify(image, self.table, patch, merge, settings["temporal_patch_size"])
 
-    def chat(self, problem: str, grids: list[tuple[int, int, int]]) -> list:
-        """Qwen2-VL's chat template in pieces: an int is a special token, a str is text, a tuple
-        (moments, rows, columns) the tokens of an image. No two texts are neighbours, because each
-        is encoded by itself."""
-        start, end, before, after = (self.tokenizer.token_to_id(name) for name in MARKUP[:4])
-        question = self.template.replace("{Question}", problem)
-        images = [piece for grid in grids for piece in (before, grid, after)]
-        user = ["user\n", *images, question] if images else ["user\n" + question]
-        system = [start, "system\n" + SYSTEM, end, "\n"]
-        return [*system, start, *user, end, "\n", start, "assistant\n"]
+    def tokens(self, example: Example, grids: list[tuple]) -> tuple[list, list, list, str]:
+        """Ids, layout (see mrope_positions), places of image tokens and text of a prompt. grids:
+        (moments, rows, columns) of each image in tokens. Each text is encoded by itself."""
+        ids, layout, image_at, text = [], [], [], ""
+        for piece in self.template.turns(example.problem, grids, example.extra.get("system")):
+            is_image = isinstance(piece, tuple) and len(piece) == 3
+            if is_image:
+                new, shown = [self.image_id] * math.prod(piece), "<|image_pad|>"
+                image_at += range(len(ids), len(ids) + len(new))
+            elif isinstance(piece, tuple):
+                new, shown = [self.tokenizer.token_to_id(*piece)], piece[0]
+            else:
+                new, shown = self.encode(piece), piece
+            ids, text = ids + new, text + shown
+            layout.append(piece if is_image else len(new))
+        return ids, layout, image_at, text
 
     def prompt(self, example: Example, max_length: int | None = None) -> Prompt:
-        """System turn, user turn (images, then the template's text) and the start of an answer.
-        ValueError, naming the example's row, for an image that cannot be read and for a prompt of
-        more than max_length tokens, which is never cut."""
+        """System turn, user turn and the start of an answer, as the template says. ValueError,
+        naming the example's row, for an image that cannot be read and for a prompt of more than
+        max_length tokens, which is never cut."""
         try:
             read = [self.read_image(source) for source in example.images]
         except ValueError as error:
@@ -253,17 +252,7 @@ class Processor:
         merge, C = self.settings["merge_size"], self.settings["patch_size"] ** 2 * 3
         none = np.empty((0, C * self.settings["temporal_patch_size"]), np.float32)
         grids = [(t, h // merge, w // merge) for _, (t, h, w) in read]
-        ids, layout, image_at, text = [], [], [], ""
-        for piece in self.chat(example.problem, grids):
-            if isinstance(piece, tuple):
-                new, shown = [self.image_id] * math.prod(piece), "<|image_pad|>"
-                image_at += range(len(ids), len(ids) + len(new))
-            elif isinstance(piece, int):
-                new, shown = [piece], self.tokenizer.id_to_token(piece)
-            else:
-                new, shown = self.encode(piece), piece
-            ids, text = ids + new, text + shown
-            layout.append(piece if isinstance(piece, tuple) else len(new))
+        ids, layout, image_at, text = self.tokens(example, grids)
         if max_length is not None and len(ids) > max_length:
             raise ValueError(f"{example.row}: the prompt has {len(ids)} tokens ({len(image_at)} of "
                              f"images), at most {max_length} are allowed; none is cut")

@@ -29,7 +29,7 @@ from tokenizers.trainers import BpeTrainer
 
 import world
 from config import opt, parse
-from data import PREPROCESSOR, TEMPLATES, Processor
+from data import PREPROCESSOR, Processor
 from eye import WORLDS, train_eye
 from journal import save_checkpoint, write_json
 from model import ModelConfig, Qwen2VL
@@ -37,6 +37,7 @@ from rewards import ANSWER, THINK
 from rows import Example
 from sft import Config as SFTConfig
 from sft import fit
+from template import TEMPLATES
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ CHAT_TEMPLATE = (
     "{% else %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+WORDINGS = ("r1v", "r1v_eval", "direct")  # templates that the merges are learnt from
 SETTINGS = {**PREPROCESSOR, "size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
 
 
@@ -167,7 +169,7 @@ def instruct_rows(n: int, seed: int, overlook: float) -> list[tuple[Example, str
     for scene, image in zip(scenes, world.render(scenes)):
         for kind in ("count", "attribute"):
             question = world.ask(scene, kind, rng)
-            template = TEMPLATES["r1v" if rng.random() < 0.75 else "direct"]
+            template = TEMPLATES["r1v" if rng.random() < 0.75 else "direct"].user
             problem = template.replace("{Question}", question["question"])
             example = Example(problem, str(question["answer"]), (image,), kind)
             rows.append((example, taught_answer(scene, question, overlook, rng)))
@@ -185,7 +187,7 @@ def corpus(seed: int) -> list[str]:
                 question = world.ask(scene, kind, rng)["question"]
             except ValueError:  # no object that a relation could start from
                 continue
-            lines += [t.replace("{Question}", question) for t in TEMPLATES.values()]
+            lines += [TEMPLATES[t].user.replace("{Question}", question) for t in WORDINGS]
     return [*lines, *["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * 50]
 
 

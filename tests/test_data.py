@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import shutil
 
 import numpy as np
@@ -18,7 +19,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 )
 
 from data import (
-    TEMPLATES,
     Example,
     Processor,
     collate,
@@ -309,24 +309,27 @@ def test_special_tokens_in_a_question_stay_text(processor):
         assert processor.tokenizer.decode(processor.encode(word)) == word
 
 
-def test_r1vs_prompts_are_its_own_to_the_letter(folder):
-    tail = "in <think> </think> and final answer (number) in <answer> </answer> tags."
-    assert TEMPLATES["r1v"] == "{Question}  Output the thinking process " + tail
-    assert TEMPLATES["r1v_eval"] == "{Question} First output the thinking process " + tail
-    prompt = Processor.from_pretrained(folder).prompt(Example("How many?", "3", IMAGES[:1]))
-    expected = "<|vision_end|>How many?  Output the thinking process " + tail + "<|im_end|>\n"
-    assert expected in prompt.text
+def test_the_template_says_where_pictures_stand_and_what_the_system_is(folder, tokenizer):
+    processor = Processor.from_pretrained(folder, "{Question} See: {Image}!", system="Be short.")
+    before, after = ({"type": "text", "text": text} for text in ("Why? See: ", "!"))
+    parts = [before, {"type": "image"}, after]
+    turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": parts}]
+    expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    prompt = processor.prompt(Example("Why?", "1", IMAGES[:1]))
+    assert prompt.text == expected
+    assert prompt.ids.tolist() == oracle_ids(tokenizer, expected, IMAGES[:1])
 
 
-def test_any_text_with_a_question_in_it_is_a_template(folder):
-    processor = Processor.from_pretrained(folder, "{Question} Answer in {one} word. ({Question})")
-    text = processor.prompt(Example("{x}?", "1")).text
-    assert "user\n{x}? Answer in {one} word. ({x}?)<|im_end|>" in text
+def test_a_row_may_bring_its_own_system_message(processor):
+    own = processor.prompt(Example("Why?", "1", extra={"system": "Be kind."})).text
+    assert own.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n")
 
 
-def test_an_unknown_template_is_refused_and_the_nearest_named(folder):
-    with pytest.raises(ValueError, match=r"'r1v_evl'.*did you mean r1v_eval"):
-        Processor.from_pretrained(folder, "r1v_evl")
+def test_a_processor_stays_the_same_when_it_is_sent_to_another_process(processor):
+    """Pickling a tokenizer loses its encode_special_tokens."""
+    again = pickle.loads(pickle.dumps(processor))
+    assert again.encode("see <|image_pad|>") == processor.encode("see <|image_pad|>")
+    assert vars(again).keys() == vars(processor).keys()
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_row_and_length_never_cut(processor):

@@ -1,0 +1,233 @@
+"""R1-V's claims in miniature: supervised answers, supervised thoughts and GRPO from one start.
+
+    python paper.py                # `make paper`: three seeds; goes on where it was stopped
+    python paper.py --plot_only    # table and picture again, from bench/paper.json
+
+R1-V (github.com/Deep-Agent/R1-V) says: a verifiable reward teaches a small vision-language model to
+count; it does so better than imitating chains of thought, above all out of distribution; and it
+does not take long. Here every method starts from the tiny checkpoint and takes the steps of
+recipes/tiny.toml, over the same pictures:
+
+    base           no training
+    SFT answers    learns the right answer under the direct prompt
+    SFT thoughts   learns to list the objects, then the right answer, under the think prompt
+    GRPO think     the think prompt; accuracy and format are rewarded
+    GRPO direct    the direct prompt; accuracy is rewarded
+
+and once more with 256 pictures instead of 11,200, each seen 44 times. All are asked held-out
+questions under both prompts: A (how many items), A_attribute (how many red cubes), B (the same with
+the colours of cubes and cylinders swapped) and C (other shapes on another ground).
+"""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import grpo
+import parallel
+import world
+from config import opt, parse, read
+from data import Processor
+from evaluate import evaluate, load_evals
+from journal import newest_checkpoint, save_checkpoint, write_json
+from model import Qwen2VL
+from rewards import ANSWER, THINK
+from rows import load_examples
+from sft import Config as SFTConfig
+from sft import fit
+
+EVALS = ("A=world:A:n=500", "A_attribute=world:A:n=500:ask=attribute", "B=world:B:n=500",
+         "C=world:C:n=500")  # fmt: skip
+PROMPTS = ("r1v", "direct")
+FEW = "world:A:n=256:look=wild:ask=count+count+count+attribute:seed={}"  # each seed's own pictures
+# name: (prompt that it is trained under, what it learns from, few pictures or all, colour)
+METHODS = {
+    "base": ("r1v", None, False, "#9a9a9a"),
+    "SFT answers": ("direct", "answers", False, "#8fc79b"),
+    "SFT thoughts": ("r1v", "thoughts", False, "#4b9b5f"),
+    "GRPO think": ("r1v", ("accuracy", "format"), False, "#1f6fb4"),
+    "GRPO direct": ("direct", ("accuracy",), False, "#8db7dc"),
+    "SFT answers, 256": ("direct", "answers", True, "#8fc79b"),
+    "SFT thoughts, 256": ("r1v", "thoughts", True, "#4b9b5f"),
+    "GRPO think, 256": ("r1v", ("accuracy", "format"), True, "#1f6fb4"),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Keys of `python paper.py`."""
+
+    recipe: str = opt("recipes/tiny.toml", "start, pictures and steps of every method")
+    seeds: int = opt(3, "seeds 0 ... n-1 of each method", least=1)
+    max_new: int = opt(80, "tokens of an answer in the evaluations at most", least=1)
+    out: str = opt("bench/paper.json", "results; a method and seed that it holds is not run again")
+    picture: str = opt("docs/paper.png", "the plot of them")
+    plot_only: bool = opt(False, "table and picture of the results that are there")
+
+
+# ----------------------------------------------------------------------------------- what is learnt
+
+
+def right_answer(example) -> str:
+    """`<answer>3</answer>`."""
+    return f"{ANSWER[0]}{example.solution}{ANSWER[1]}"
+
+
+def thought(example) -> str:
+    """A chain of thought that is right: the objects that are asked for, numbered from left to
+    right, as a teacher who reads the scene's description would go through them."""
+    scene = example.extra["scene"]
+    asked = world.execute(example.extra["program"][:-1], scene)
+    objects = sorted((scene["objects"][i] for i in asked), key=lambda o: o["pixel_coords"][0])
+    items = [f"{n} {o['color']} {o['shape']}" for n, o in enumerate(objects, 1)]
+    return f"{THINK[0]} {', '.join(items) or 'none'}{THINK[1]} {right_answer(example)}"
+
+
+TARGETS = {"answers": right_answer, "thoughts": thought}
+
+# ----------------------------------------------------------------------------------------- the runs
+
+
+def train(name: str, recipe: str, seed: int) -> str:
+    """Trains the method of that name; returns the folder of its checkpoint."""
+    template, learns, few, _ = METHODS[name]
+    out = Path("runs/paper") / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
+    words = ["--seed", str(seed), "--template", template, "--out", str(out), "--evals", ""]
+    words += ["--data", FEW.format(seed)] if few else []
+    base = read(grpo.Config, [recipe, *words])
+    if learns is None:
+        return base.model
+    shutil.rmtree(out, ignore_errors=True)
+    if isinstance(learns, tuple):
+        grpo.train(replace(base, rewards=learns, probes=0))
+        return newest_checkpoint(str(out))
+    model = Qwen2VL.from_pretrained(base.model, device=parallel.start())
+    processor = Processor.from_pretrained(base.model, template)
+    rows = [(example, TARGETS[learns](example)) for example in load_examples(base.data)]
+    stage = SFTConfig(steps=base.steps, batch=base.prompts, micro=base.prompts, seed=seed,
+                      optimizer=base.optimizer, lr=base.lr, schedule=base.schedule,
+                      warmup=base.warmup)  # fmt: skip
+    fit(model, processor, rows, stage, title=f"{name}, seed {seed}")
+    save_checkpoint(model, processor, out / f"step_{base.steps:06d}")
+    return newest_checkpoint(str(out))
+
+
+def examine(folder: str, evals: dict, max_new: int) -> dict:
+    """Summaries of a checkpoint on every eval: {prompt: {eval: summary}}."""
+    model = Qwen2VL.from_pretrained(folder, device=parallel.start())
+    found = {}
+    for template in PROMPTS:
+        processor = Processor.from_pretrained(folder, template)
+        for name, examples in evals.items():
+            full = evaluate(model, processor, examples, 100, max_new, title=f"{template}: {name}")
+            del full["results"]
+            found.setdefault(template, {})[name] = full
+    return found
+
+
+def run_all(cfg: Config) -> dict:
+    """What cfg.out holds after every method and seed that it did not hold is run:
+    {"results": {method: {seed: {prompt: {eval: summary}}}}, "seconds": {method: {seed: s}}, ...}"""
+    found = {"recipe": cfg.recipe, "torch": torch.__version__, "results": {}, "seconds": {}}
+    if Path(cfg.out).is_file():
+        found = json.loads(Path(cfg.out).read_text())
+    evals = load_evals(EVALS)
+    for seed in map(str, range(cfg.seeds)):
+        for name in METHODS:
+            if seed in found["results"].get(name, {}) or (name == "base" and seed != "0"):
+                continue
+            begin = time.perf_counter()
+            folder = train(name, cfg.recipe, int(seed))
+            seconds = time.perf_counter() - begin
+            found["results"].setdefault(name, {})[seed] = examine(folder, evals, cfg.max_new)
+            found["seconds"].setdefault(name, {})[seed] = round(seconds, 1)
+            write_json(found, cfg.out)
+    return found
+
+
+# -------------------------------------------------------------------------------- table and picture
+
+
+def own_prompt(found: dict, name: str) -> dict[str, list[dict]]:
+    """{eval: [summary of each seed]} of a method under the prompt that it was trained with."""
+    runs = [run[METHODS[name][0]] for run in found["results"][name].values()]
+    return {key: [run[key] for run in runs] for key in runs[0]}
+
+
+def cell(values: list[float]) -> str:
+    """Mean, and lowest and highest where there are several."""
+    spread = f" ({min(values):.2f}-{max(values):.2f})" if max(values) > min(values) else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
+def show(found: dict) -> str:
+    """A Markdown table: greedy accuracy under think and direct prompt, tokens, seconds."""
+    names = [item.partition("=")[0] for item in EVALS]
+    heads = [f"{name}, {prompt}" for prompt in ("think", "direct") for name in names]
+    lines = ["| | " + " | ".join([*heads, "tokens", "training, s"]) + " |",
+             "|---" * (len(heads) + 3) + "|"]  # fmt: skip
+    for method in METHODS:
+        runs = list(found["results"][method].values())
+        columns = [[run[p][name]["accuracy"] for run in runs] for p in PROMPTS for name in names]
+        tokens = np.mean([s["length"] for s in own_prompt(found, method)[names[0]]])
+        seconds = np.mean(list(found["seconds"][method].values()))
+        shown = [*map(cell, columns), f"{tokens:.0f}", f"{seconds:.0f}"]
+        lines.append(f"| {method} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def plot(found: dict, path: str) -> None:
+    """Greedy accuracy of every method under its own prompt, a dot per seed; left with all pictures,
+    right with few. The line is the base under the think prompt."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [item.partition("=")[0] for item in EVALS]
+    base = [own_prompt(found, "base")[name][0]["accuracy"] for name in names]
+    fig, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
+    for ax, few, title in zip(axes, (False, True), ("11,200 pictures", "256 pictures, 44 times")):
+        shown = [name for name in METHODS if METHODS[name][1] and METHODS[name][2] == few]
+        for i, method in enumerate(shown):
+            own = own_prompt(found, method)
+            values = np.array([[s["accuracy"] for s in own[name]] for name in names])
+            x = np.arange(len(names)) + (i - 1.5) * 0.19
+            label = method.partition(",")[0]
+            ax.bar(x, values.mean(1), 0.18, color=METHODS[method][3], label=label)
+            for j in range(values.shape[1]):
+                ax.plot(x, values[:, j], ".", color="black", ms=2.5)
+        for x, y in enumerate(base):
+            label = None if x else "base"
+            ax.hlines(y, x - 0.4, x + 0.4, color="#555555", lw=1.2, label=label)
+        ax.set_xticks(range(len(names)), names)
+        ax.set(title=title, ylim=(0, 1))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", alpha=0.25)
+    axes[0].set_ylabel("greedy accuracy, held-out")
+    handles = axes[0].get_legend_handles_labels()
+    fig.legend(*handles, loc="lower center", ncols=5, frameon=False, fontsize=9)
+    fig.tight_layout(rect=(0, 0.07, 1, 1))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def main(argv=None) -> None:
+    cfg = parse(Config, argv, __doc__)
+    if not cfg.plot_only:
+        run_all(cfg)
+    if not Path(cfg.out).is_file():
+        raise SystemExit(f"error: {cfg.out}: no results; run without --plot_only first")
+    found = json.loads(Path(cfg.out).read_text())
+    print(show(found))
+    plot(found, cfg.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""template.py, chapter two: the wordings are the published ones, to the letter, in every place.
+
+What they become as tokens is in test_data.py, with the published chat template as the oracle.
+"""
+
+import itertools
+
+import pytest
+
+from rewards import ANSWER, THINK
+from template import TEMPLATES, Template, find_template
+
+START, END = ("<|im_start|>",), ("<|im_end|>",)
+SYSTEM = "system\nYou are a helpful assistant."
+
+
+def text_of(pieces) -> str:
+    return "".join(piece if isinstance(piece, str) else piece[0] for piece in pieces)
+
+
+def test_r1vs_prompts_are_its_own_to_the_letter():
+    tail = "in <think> </think> and final answer (number) in <answer> </answer> tags."
+    assert TEMPLATES["r1v"].user == "{Question}  Output the thinking process " + tail
+    assert TEMPLATES["r1v_eval"].user == "{Question} First output the thinking process " + tail
+
+
+def test_the_system_prompt_is_deepseeks_as_r1v_has_it():
+    assert TEMPLATES["system"].system == (
+        "A conversation between User and Assistant. The user asks a question, and the Assistant "
+        "solves it. The assistant first thinks about the reasoning process in the mind and then "
+        "provides the user with the answer. The reasoning process and answer are enclosed within "
+        "<think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning "
+        "process here </think><answer> answer here </answer>"
+    )
+    assert TEMPLATES["r1v_sft"].system == TEMPLATES["system"].system
+
+
+def test_the_tag_words_are_those_that_the_rewards_look_for():
+    for name in ("r1v", "r1v_eval", "system", "r1v_sft"):
+        said = TEMPLATES[name].user + TEMPLATES[name].system
+        assert all(tag in said for tag in THINK + ANSWER)
+    assert all(tag in TEMPLATES["direct"].user for tag in ANSWER)
+
+
+def test_pictures_stand_before_the_text_unless_the_template_says_where():
+    image = (1, 2, 3)
+    shown = [("<|vision_start|>",), image, ("<|vision_end|>",)]
+    head, tail = [START, SYSTEM, END, "\n", START], [END, "\n", START, "assistant\n"]
+    first = Template("{Question}!").turns("Why?", [image])
+    assert first == [*head, "user\n", *shown, "Why?!", *tail]
+    last = Template("{Question}{Image}").turns("Why?", [image, image])
+    assert last == [*head, "user\nWhy?", *shown, *shown, *tail]
+    amid = Template("See {Image}: {Question}").turns("Why?", [image])
+    assert amid == [*head, "user\nSee ", *shown, ": Why?", *tail]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_no_two_texts_are_neighbours(name):
+    """Each is encoded by itself, and two would lose the merges across their border."""
+    for images in ([], [(1, 2, 2)], [(1, 2, 2), (1, 4, 4)]):
+        pieces = TEMPLATES[name].turns("Why?", images)
+        pairs = itertools.pairwise(pieces)
+        assert not [pair for pair in pairs if all(isinstance(x, str) for x in pair)]
+        assert "" not in pieces
+
+
+def test_marks_in_a_question_are_text():
+    said = text_of(Template("{Question}{Image}.").turns("{Image} {Question}", []))
+    assert "user\n{Image} {Question}." in said
+
+
+def test_any_text_with_a_question_in_it_is_a_template():
+    found = find_template("{Question} Answer in {one} word. ({Question})")
+    assert "user\n{x}? Answer in {one} word. ({x}?)<|im_end|>" in text_of(found.turns("{x}?", []))
+
+
+def test_a_system_prompt_goes_before_the_templates_and_a_rows_before_both():
+    found = find_template("r1v", system="Be short.")
+    assert found.user == TEMPLATES["r1v"].user
+    assert "system\nBe short." in found.turns("x", [])
+    assert "system\nBe kind." in found.turns("x", [], "Be kind.")
+    assert find_template("r1v") is TEMPLATES["r1v"]
+
+
+def test_an_unknown_template_is_refused_and_the_nearest_named():
+    with pytest.raises(ValueError, match=r"'r1v_evl'.*did you mean r1v_eval"):
+        find_template("r1v_evl")
+
+
+def test_two_places_for_the_pictures_are_refused():
+    with pytest.raises(ValueError, match=r"\{Image\} stands there twice"):
+        find_template("{Image}{Question}{Image}")
