@@ -18,7 +18,7 @@ RUN := $(PY) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --nproc_per_n
 SOURCES = $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") \
   $(if $(IMAGES),--images "$(IMAGES)")
 
-.PHONY: help train eval test test-all tiny controls pictures clean .venv
+.PHONY: help train sft distill eval test test-all tiny controls paper pictures clean .venv
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -27,8 +27,15 @@ help:  ## list the targets
 train: $(READY)  ## train by RECIPE (default recipes/tiny.toml); ARGS="--key value" overrides any key
 	$(RUN) grpo.py $(RECIPE) $(SOURCES) $(ARGS)
 
+sft: RECIPE = recipes/sft_clevr_r1.toml
+sft: $(READY)  ## supervised fine-tuning by RECIPE (default recipes/sft_clevr_r1.toml)
+	$(RUN) sft.py $(RECIPE) $(SOURCES) $(ARGS)
+
+distill: $(READY)  ## traces of a teacher: STEP=describe, query, sample, verify or pack, ARGS="--key value"
+	$(PY) distill.py $(STEP) $(ARGS)
+
 eval: $(READY)  ## evaluate MODEL (default: the newest run) on DATA (default: world:A), IMAGES=folder
-	$(PY) evaluate.py $(SOURCES) $(ARGS)
+	$(RUN) evaluate.py $(SOURCES) $(ARGS)
 
 test: $(READY)  ## style and the whole test suite, on the CPU
 	$(if $(VENV),$(PY) -m ruff check .)
@@ -44,9 +51,13 @@ tiny: $(READY)  ## build the tiny checkpoint anew, from nothing, into tiny/ (abo
 controls: $(READY)  ## the control runs of README's picture: more flawed SFT, clean SFT, format only
 	$(PY) controls.py $(ARGS)
 
+paper: $(READY)  ## R1-V's claims in miniature: SFT on answers, on thoughts, and GRPO (about 40 minutes)
+	$(PY) paper.py $(ARGS)
+
 pictures: $(READY)  ## README's pictures, from the world and from bench/controls.json
 	$(PY) world.py --sheet docs/worlds.png
 	$(PY) controls.py --plot_only
+	$(PY) paper.py --plot_only
 
 .venv: $(READY)  ## only install
 $(VENV)/ready: requirements.txt

@@ -26,12 +26,12 @@ import grpo
 import parallel
 from config import opt, parse, read
 from data import Processor
-from evaluate import load_evals
+from evaluate import evaluate_all, load_evals
 from journal import save_checkpoint, write_json
 from model import Qwen2VL
 from rows import load_examples
 from sft import Config as SFTConfig
-from sft import fit
+from sft import fit, taught
 from tiny import STYLES, taught_answer
 
 COLOURS = {"start": "#9a9a9a", "flawed SFT": "#c58b3b", "format only": "#8064a2",
@@ -56,13 +56,14 @@ def run_sft(cfg, run: grpo.Config, evals: dict, overlook: float, styles, out: Pa
     processor = Processor.from_pretrained(run.model, run.template)
     rng = np.random.default_rng((run.seed, 5))
     examples = load_examples(run.data, run.images, part="train")
-    rows = [(e, taught_answer(e.extra["scene"], e.extra, overlook, rng, styles)) for e in examples]
+    rows = [taught(e, taught_answer(e.extra["scene"], e.extra, overlook, rng, styles))
+            for e in examples]  # fmt: skip
     stage = SFTConfig(steps=run.steps, batch=run.prompts, micro=run.prompts, seed=run.seed,
                       optimizer=run.optimizer, lr=run.lr, schedule=run.schedule, warmup=run.warmup)
-    fit(model, processor, rows, stage, title=out.name)
+    list(fit(model, processor, rows, stage, title=out.name))
     shutil.rmtree(out, ignore_errors=True)
     save_checkpoint(model, processor, out / f"step_{run.steps:06d}")
-    return grpo.evaluate_all(model, processor, evals, run, out, "after")
+    return evaluate_all(model, processor, evals, run.max_new, out, "after")
 
 
 def run_all(cfg: Config) -> dict:

@@ -25,7 +25,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from rows import Example, open_image
+from example import Example
+from images import image_size, open_image
 from template import Template, find_template
 
 # ------------------------------------------------------------------------------------ prompt, batch
@@ -113,12 +114,15 @@ def patchify(image, table, patch=14, merge=2, moments=2) -> tuple[np.ndarray, tu
     return np.repeat(table.take(index), moments, axis=2).reshape(h * w, -1), (1, h, w)
 
 
-def mrope_positions(layout: list[int | tuple[int, int, int]]) -> Tensor:
+def mrope_positions(layout: list[int | tuple]) -> Tensor:
     """M-RoPE positions (3, L): time, height and width of each token (Qwen2-VL, section 2.1).
 
     layout: in order, n for n text tokens and (moments, rows, columns) for the tokens of an image.
     Text counts on all three axes alike; an image starts where text would have gone on and counts
-    each axis by itself; what follows goes on from the largest position so far, plus one.
+    each axis by itself; what follows goes on from the largest position so far, plus one (as in the
+    paper, vLLM and transformers to 5.2; since, it overlaps with videos longer than high and wide).
+    A video of Qwen2.5-VL has a fourth number, the positions from a moment to the next:
+    tokens_per_second x seconds per moment, rounded down once multiplied (arXiv 2502.13923, 2.1.2).
     """
     blocks, start = [], 0
     for part in layout:
@@ -126,8 +130,11 @@ def mrope_positions(layout: list[int | tuple[int, int, int]]) -> Tensor:
             blocks.append(start + np.tile(np.arange(part), (3, 1)))
             start += part
         else:
-            blocks.append(start + np.indices(part).reshape(3, -1))
-            start += max(part)
+            at = np.indices(part[:3]).reshape(3, -1)
+            if len(part) == 4:
+                at[0] = at[0].astype(np.float32) * np.float32(part[3])
+            blocks.append(start + at)
+            start += int(at.max()) + 1
     return torch.from_numpy(np.concatenate(blocks, axis=1))
 
 
@@ -200,6 +207,12 @@ class Processor:
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
 
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) at which an image of that size is read."""
+        factor = self.settings["patch_size"] * self.settings["merge_size"]
+        limits = self.settings["min_pixels"], self.settings["max_pixels"]
+        return smart_resize(height, width, factor, *limits)
+
     def __setstate__(self, state: dict) -> None:
         """For worker processes: a pickled tokenizer forgets its encode_special_tokens."""
         vars(self).update(state)
@@ -218,8 +231,7 @@ class Processor:
         """Patches (P, C) float32 and grid (1, rows, columns) of a path, PIL image or array."""
         image, settings = open_image(source), self.settings
         patch, merge = settings["patch_size"], settings["merge_size"]
-        low, high = settings["min_pixels"], settings["max_pixels"]
-        size = smart_resize(*image.shape[:2], patch * merge, low, high)
+        size = self.resized(*image.shape[:2])
         if size != image.shape[:2]:
             image = np.asarray(Image.fromarray(image).resize(size[::-1], settings["resample"]))
         return patchify(image, self.table, patch, merge, settings["temporal_patch_size"])
@@ -241,6 +253,16 @@ class Processor:
             layout.append(piece if is_image else len(new))
         return ids, layout, image_at, text
 
+    def length(self, example: Example, most: int | None = None) -> int:
+        """Tokens of its prompt, from the sizes of its images: no pixel is decoded. ValueError,
+        naming the row, if they are more than `most`."""
+        factor = self.settings["patch_size"] * self.settings["merge_size"]
+        sizes = [self.resized(*image_size(source)) for source in example.images]
+        grids = [(1, h // factor, w // factor) for h, w in sizes]
+        ids, _, image_at, _ = self.tokens(example, grids)
+        check_length(example.row, len(ids), len(image_at), most)
+        return len(ids)
+
     def prompt(self, example: Example, max_length: int | None = None) -> Prompt:
         """System turn, user turn and the start of an answer, as the template says. ValueError,
         naming the example's row, for an image that cannot be read and for a prompt of more than
@@ -253,13 +275,18 @@ class Processor:
         none = np.empty((0, C * self.settings["temporal_patch_size"]), np.float32)
         grids = [(t, h // merge, w // merge) for _, (t, h, w) in read]
         ids, layout, image_at, text = self.tokens(example, grids)
-        if max_length is not None and len(ids) > max_length:
-            raise ValueError(f"{example.row}: the prompt has {len(ids)} tokens ({len(image_at)} of "
-                             f"images), at most {max_length} are allowed; none is cut")
+        check_length(example.row, len(ids), len(image_at), max_length)
         patches = torch.from_numpy(np.concatenate([none, *(patches for patches, _ in read)]))
         grid = torch.tensor([grid for _, grid in read], dtype=torch.int64).view(-1, 3)
         ids, image_at = torch.tensor(ids), torch.tensor(image_at, dtype=torch.int64)
         return Prompt(ids, patches, grid, mrope_positions(layout), image_at, example, text)
+
+
+def check_length(row: str, tokens: int, image_tokens: int, most: int | None) -> None:
+    """ValueError for a prompt of more than `most` tokens. One that is cut would lose its image."""
+    if most is not None and tokens > most:
+        raise ValueError(f"{row}: the prompt has {tokens} tokens ({image_tokens} of images), at "
+                         f"most {most} are allowed; none is cut")
 
 
 # ---------------------------------------------------------------------------- files of a checkpoint

@@ -1,16 +1,23 @@
 """Evaluation: answers of a checkpoint on a benchmark, greedy by default, scored and saved.
 
     python evaluate.py --model runs/tiny --data world:B:n=500 --out b.json
-    python evaluate.py --model DIR --data questions.jsonl --images pictures
+    python evaluate.py --model DIR --data superclevr.jsonl --images pictures --scorer count
+    make eval GPUS=8 MODEL=DIR DATA=geoqa.jsonl IMAGES=DIR ARGS="--scorer geoqa --out geoqa.json"
+    python evaluate.py --rescore b.json --scorer count       # a results file, ours or R1-V's
 
 The rate that matters is accuracy under the prompt the model was trained with; unparsable answers
-count as wrong and their share is reported beside it. The interval is Wilson's, 95 % (Wilson 1927,
-"Probable inference, the law of succession, and statistical inference").
+count as wrong and their share is reported beside it. Several processes answer a share each.
+
+With --out, answers are kept beside it as they come, in OUT.part0, OUT.part1, … (one a process).
+The same command, with as many processes or not, then goes on where it was stopped; once OUT is
+written whole they are gone. The rows of OUT have the fields of R1-V's logs; its rates are shares
+in [0, 1], where theirs is in percent. --rescore loads no model; its last line is JSON, in percent.
 """
 
+import glob
+import hashlib
 import json
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -18,12 +25,12 @@ from tqdm import tqdm
 
 import parallel
 from config import opt, parse
-from data import Example, Processor
-from journal import newest_checkpoint, write_json
+from data import Processor
+from journal import append, newest_checkpoint, write_json
 from model import Qwen2VL
-from rewards import final_answer, gold_answer, load_rewards
 from rollout import sample
 from rows import load_examples
+from scorers import load_scorer, rescore, score_row, summary, told
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class Config:
     data: str = opt("world:A:n=500", "world:A, world:B, world:C (with options), or a .jsonl")
     images: str | None = opt(None, "folder of the images; default: beside the .jsonl")
     out: str | None = opt(None, "results file to write, JSON")
+    scorer: str = opt("accuracy", "R1-V's count or geoqa, or a reward by name or file.py:function")
+    rescore: str | None = opt(None, "results file to score anew, instead of asking a model")
     bad_rows: str = opt("refuse", "or skip: leave them out", choices=("refuse", "skip"))
     template: str | None = opt(None, "prompt template by name, or a text that holds {Question}; "
                                "default: that of the run the model comes from, else r1v")
@@ -44,6 +53,7 @@ class Config:
     top_p: float = opt(1.0, "sample from the likeliest tokens that hold this much", above=0, most=1)
     top_k: int = opt(0, "sample from the k likeliest tokens; 0: from all", least=0)
     seed: int = opt(0, "fixes the samples, if any", least=0)
+    min_pixels: int | None = opt(None, "pixels of an image at least; default: the checkpoint's")
     max_pixels: int | None = opt(None, "pixels of an image at most; default: the checkpoint's")
     bf16: bool = opt(False, "compute in bfloat16")
 
@@ -51,83 +61,188 @@ class Config:
         """ValueError for keys that would do nothing."""
         if self.temperature == 0 and (self.top_p < 1 or self.top_k):
             raise ValueError("top_p, top_k: need a temperature above 0; at 0 answers are greedy")
+        idle = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        idle = [name for name in idle if name not in ("rescore", "scorer", "out")]
+        if self.rescore and idle:
+            raise ValueError(f"{', '.join(idle)}: would do nothing with --rescore, which asks no "
+                             "model; it goes with --scorer and --out")
 
 
 def evaluate(
     model: Qwen2VL,
     processor: Processor,
-    examples: list[Example],
+    examples,
     batch: int = 64,
     max_new: int = 256,
     title: str = "evaluate",
+    scorer: str = "accuracy",
+    kept: "Kept | None" = None,
     **sampling,
 ) -> dict:
     """Answers to all examples: {"accuracy", "low", "high", "format", ..., "results": [...]}.
 
     Greedy, unless `sampling` (temperature, top_p, top_k, seed of rollout.sample) says otherwise.
+    scorer: a name as in scorers.load_scorer. kept: where answers are kept as they come, and those
+    that are there already are not asked again.
 
     Several processes answer a share each, and all return the whole.
     accuracy (with its 95 % interval low, high), format and unparsable are shares in [0, 1].
     """
-    score = {name: f for name, f, _ in load_rewards(("accuracy", "format"))}
-    results = []
-    first, count = parallel.share(len(examples))
-    examples = examples[first : first + count]
+    score, done = load_scorer(scorer), dict(kept.rows) if kept else {}
+    left = [i for i in range(len(examples)) if i not in done]
+    first, count = parallel.share(len(left))
+    left, new = left[first : first + count], {}
     quiet = parallel.rank() > 0
     bar = tqdm(total=count, desc=title, unit="question", leave=False, disable=quiet)
-    for at in range(0, len(examples), batch):
-        some = examples[at : at + batch]
-        prompts = [processor.prompt(example) for example in some]
-        uids = list(range(first + at, first + at + len(some)))
-        out = sample(model, processor, prompts, 1, max_new, uids=uids,
+    for at in range(0, count, batch):
+        numbers = left[at : at + batch]
+        prompts = [processor.prompt(examples[i]) for i in numbers]
+        out = sample(model, processor, prompts, 1, max_new, uids=numbers,
                      **{"temperature": 0.0, **sampling})
         logps = (out.logp * out.mask).sum(-1)[:, 0].tolist()
-        for prompt, (text,), logp, length in zip(prompts, out.texts, logps, out.lengths.tolist()):
+        rows = {}
+        for i, prompt, (text,), logp, (length,) in zip(
+            numbers, prompts, out.texts, logps, out.lengths.tolist()
+        ):
             example = prompt.example
-            results.append({
-                "question": {"problem": example.problem, "row": example.row, "task": example.task},
-                "prompt": prompt.text,
-                "ground_truth": gold_answer(example.solution),
-                "model_output": text,
-                "extracted_answer": final_answer(text),
-                "logp": logp,
-                "length": length[0],
-                **{name: f(text, example) for name, f in score.items()},
-            })
-        bar.update(len(some))
+            asked = {"problem": example.problem, "row": example.row, "task": example.task}
+            rows[i] = {"question": asked, "prompt": prompt.text,
+                       **score_row(text, example, score), "logp": logp, "length": length}
+        if kept:
+            kept.add(rows)
+        new |= rows
+        bar.update(len(numbers))
     bar.close()
-    results = [r for some in parallel.gathered(results) for r in some]
+    for some in parallel.gathered(new):
+        done |= some
+    results = [done[i] for i in sorted(done)]
     return {**summary(results), "results": results}
 
 
-def load_evals(sources: tuple[str, ...]) -> dict[str, list[Example]]:
+def load_evals(sources: tuple[str, ...]) -> dict:
     """{NAME: held-out examples} of "NAME=SOURCE" items, as in the key `evals` of a run."""
     named = (item.split("=", 1) for item in sources)
     return {name: load_examples(source, part="test") for name, source in named}
 
 
-def summary(results: list[dict]) -> dict:
-    """Shares over scored results: accuracy with its interval, format, unparsable, mean length."""
-    n = len(results)
-    right = sum(r["accuracy"] == 1 for r in results)
-    low, high = wilson(right, n)
+def evaluate_all(model, processor, evals: dict, max_new: int, out: Path, when: str) -> dict:
+    """Greedy results on every eval; details go to eval/NAME_WHEN.json, summaries are returned."""
+    found = {}
+    for name, examples in evals.items():
+        full = evaluate(model, processor, examples, max_new=max_new, title=f"{when}: {name}")
+        if parallel.rank() == 0:
+            write_json(full, out / "eval" / f"{name}_{when}.json")
+        found[name] = {k: v for k, v in full.items() if k != "results"}
+    return found
+
+
+def print_summary(found: dict, out: Path, page: Path) -> None:
+    """The table of a run's results before and after, and where things lie."""
+    print(f"\n{'':10}  before              after               format        (95 % interval)")
+    for name, b in found["before"].items():
+        a = found["after"][name]
+        cells = (f"{x['accuracy']:.3f} ({x['low']:.2f}-{x['high']:.2f})" for x in (b, a))
+        print(f"{name:10}  {'  '.join(cells)}  {b['format']:.2f} -> {a['format']:.2f}")
+    print(f"\ncheckpoint  {newest_checkpoint(str(out))}\nreport      {page}")
+
+
+# -------------------------------------------------------------------- an interrupted evaluation
+
+
+class Kept:
+    """Answers that are kept as they come, beside a results file: OUT.part0, OUT.part1, …
+
+    A process writes one of them: a line that says what is evaluated (`about`, JSON), then a line
+    for each answer. rows: {number of the example: its row} of what lies there already. What a kill
+    cut short is left out. ValueError if it is of another evaluation. Made by all processes at once.
+    """
+
+    def __init__(self, out: str, about: dict, examples):
+        self.out, self.about, wrong = out, about, None
+        self.rows, self.path = {}, Path(f"{out}.part{parallel.rank()}")
+        if parallel.rank() == 0:
+            try:
+                self.gather(examples)
+            except (ValueError, OSError) as error:
+                wrong = str(error)
+        self.rows, wrong = parallel.gathered((self.rows, wrong))[0]
+        if wrong:
+            raise ValueError(wrong)
+        if parallel.rank() > 0:
+            append(self.path, {"about": about})
+
+    def paths(self) -> list[Path]:
+        """The files there are, of any number of processes."""
+        return [Path(p) for p in sorted(glob.glob(f"{glob.escape(self.out)}.part[0-9]*"))
+                if p.rpartition(".part")[2].isdigit()]
+
+    def gather(self, examples) -> None:
+        """Reads all files, and makes them the one of the first process: whole before any goes."""
+        if Path(self.out).is_dir():
+            raise ValueError(f"out {self.out}: is a folder; a file is to be written")
+        Path(self.out).parent.mkdir(parents=True, exist_ok=True)
+        for path in self.paths():
+            self.rows |= self.read(path, examples)
+        whole = self.path.with_name(self.path.name + ".tmp")
+        whole.unlink(missing_ok=True)
+        append(whole, {"about": self.about})
+        for i, row in self.rows.items():
+            append(whole, {"i": i, "row": row})
+        whole.replace(self.path)
+        for path in self.paths():
+            if path != self.path:
+                path.unlink()
+
+    def read(self, path: Path, examples) -> dict[int, dict]:
+        """The rows of one file. What stands behind its last newline was cut short."""
+        try:
+            lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+            about = lines[0]["about"] if lines else self.about
+            rows = {line["i"]: line["row"] for line in lines[1:]}
+            asked = {i: (row["question"]["problem"], row["question"]["row"])
+                     for i, row in rows.items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: is damaged ({error!r}); remove it to start anew") from error
+        differ = [key for key in self.about if about.get(key) != self.about[key]]
+        if not differ and any(
+            i >= len(examples) or (examples[i].problem, examples[i].row) != asked[i] for i in rows
+        ):
+            differ = ["data"]
+        if differ:
+            raise ValueError(f"{path}: answers of another evaluation, which was interrupted: "
+                             f"another {', '.join(differ)}. Remove it, or give another --out")
+        return rows
+
+    def add(self, rows: dict[int, dict]) -> None:
+        """Keeps some more, at once."""
+        for i, row in rows.items():
+            append(self.path, {"i": i, "row": row})
+
+    def remove(self) -> None:
+        """All gone; the results are written."""
+        for path in {self.path, *(self.paths() if parallel.rank() == 0 else ())}:
+            path.unlink(missing_ok=True)
+
+
+def about(cfg: Config, folder: str, processor: Processor, examples) -> dict:
+    """What an evaluation is, JSON: if it differs, the answers of an interrupted one cannot stay.
+    Neither batch size nor number of processes is in it. A scorer of one's own goes by its text."""
+    weights = sorted(Path(folder).glob("*.safetensors"))
+    file = Path(cfg.scorer.rpartition(":")[0])
+    source = file.read_bytes() if file.is_file() else b""
+    keys = ("data", "images", "bad_rows", "limit", "max_new", "temperature", "top_p", "top_k",
+            "seed", "bf16")
     return {
-        "accuracy": right / n,
-        "low": low,
-        "high": high,
-        "format": sum(r["format"] == 1 for r in results) / n,
-        "unparsable": sum(r["extracted_answer"] is None for r in results) / n,
-        "length": sum(r["length"] for r in results) / n,
-        "n": n,
+        **{key: getattr(cfg, key) for key in keys},
+        "model": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights],
+        "template": processor.prompt(examples[0]).text,  # with the system turn
+        "pixels": [processor.settings["min_pixels"], processor.settings["max_pixels"]],
+        "scorer": f"{cfg.scorer} {hashlib.sha256(source).hexdigest()[:16]}",
+        "n": len(examples),
     }
 
 
-def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share of k in n > 0: Wilson's, which stays inside [0, 1]."""
-    p, z2 = k / n, z * z
-    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
+# ---------------------------------------------------------------------------------- the command
 
 
 def template_of(folder: str) -> str:
@@ -137,30 +252,53 @@ def template_of(folder: str) -> str:
     return run.get("template", "r1v")
 
 
+def run(cfg: Config) -> dict:
+    """Evaluates a checkpoint as cfg says, prints the rates, writes the results."""
+    device, folder = parallel.start(), newest_checkpoint(cfg.model)
+    load_scorer(cfg.scorer)  # refused before a model is read
+    model = Qwen2VL.from_pretrained(folder, device=device)
+    template = cfg.template or template_of(folder)
+    processor = Processor.from_pretrained(folder, template, cfg.min_pixels, cfg.max_pixels)
+    examples = load_examples(cfg.data, cfg.images, "test", cfg.limit, cfg.bad_rows)
+    kept = Kept(cfg.out, about(cfg, folder, processor, examples), examples) if cfg.out else None
+    with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=cfg.bf16):
+        found = evaluate(model, processor, examples, cfg.batch, cfg.max_new, scorer=cfg.scorer,
+                         kept=kept, seed=cfg.seed, temperature=cfg.temperature, top_p=cfg.top_p,
+                         top_k=cfg.top_k)
+    if parallel.rank() == 0:
+        if cfg.out:
+            write_json({"model": folder, "data": cfg.data, "template": template,
+                        "scorer": cfg.scorer, **found}, cfg.out)
+        print(f"{folder} on {cfg.data}, template {template!r}, scorer {cfg.scorer}: {told(found)}")
+    parallel.gathered(None)  # the results are written
+    if kept:
+        kept.remove()
+    return found
+
+
+def run_rescore(cfg: Config) -> dict:
+    """Scores a results file anew, prints the rates, and the numbers as JSON in percent."""
+    parallel.start()
+    if parallel.rank() > 0:
+        return {}
+    found = rescore(cfg.rescore, load_scorer(cfg.scorer))
+    if cfg.out:
+        write_json({"rescored": cfg.rescore, "scorer": cfg.scorer, **found}, cfg.out)
+    missing = sum(row["extracted_answer"] is None for row in found["results"])
+    print(f"{cfg.rescore}, scorer {cfg.scorer}: {told(found)}")
+    print(json.dumps({"accuracy": found["correct"] / found["n"] * 100, "n": found["n"],
+                      "correct": found["correct"], "unparsable": missing}))
+    return found
+
+
 def main(argv=None) -> dict:
     cfg = parse(Config, argv, __doc__)
     try:
-        folder = newest_checkpoint(cfg.model)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = Qwen2VL.from_pretrained(folder, device=device)
-        template = cfg.template or template_of(folder)
-        processor = Processor.from_pretrained(folder, template, max_pixels=cfg.max_pixels)
-        examples = load_examples(cfg.data, cfg.images, "test", cfg.limit, cfg.bad_rows)
-        if cfg.out:
-            Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-            Path(cfg.out).touch()  # refused now if it cannot be written
+        return run_rescore(cfg) if cfg.rescore else run(cfg)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    with torch.autocast(device, torch.bfloat16, enabled=cfg.bf16):
-        found = evaluate(model, processor, examples, cfg.batch, cfg.max_new, seed=cfg.seed,
-                         temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k)
-    print(f"{folder} on {cfg.data}, template {template!r}: accuracy {found['accuracy']:.3f} "
-          f"({found['low']:.3f} to {found['high']:.3f}, n = {found['n']}), "
-          f"format {found['format']:.3f}, unparsable {found['unparsable']:.3f}, "
-          f"{found['length']:.1f} tokens")
-    if cfg.out:
-        write_json({"model": folder, "data": cfg.data, "template": template, **found}, cfg.out)
-    return found
+    finally:
+        parallel.stop()
 
 
 if __name__ == "__main__":

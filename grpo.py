@@ -22,7 +22,6 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,9 +30,10 @@ from tqdm import tqdm
 import journal
 import parallel
 import report
+from ahead import Ahead
 from config import opt, parse
 from data import Processor
-from evaluate import evaluate, load_evals
+from evaluate import evaluate_all, load_evals, print_summary
 from journal import Seconds
 from model import Qwen2VL
 from optim import apply_gradients, draw_rows, make_optimizers, schedule, set_lr
@@ -46,13 +46,16 @@ from rows import load_examples
 class Config:
     """Every key of a run. Defaults are R1-V's where it has one."""
 
-    model: str = opt("tiny", "checkpoint folder to start from")
-    data: str = opt("world:A:n=6400", "rows to train on: world:… or a .jsonl")
-    images: str | None = opt(None, "folder of the images of a .jsonl; default: beside it")
+    model: str = opt("tiny", "checkpoint to start from: folder, run, or hub id")
+    data: str = opt("world:A:n=6400", "rows to train on: world:…, a file, a folder, a hub id")
+    images: str | None = opt(None, "folder of the images; default: beside the data")
     bad_rows: str = opt("refuse", "or skip: leave them out", choices=("refuse", "skip"))
     template: str = opt("r1v", "prompt template by name, or a text that holds {Question}")
+    system: str | None = opt(None, "system prompt; default: the template's")
+    min_pixels: int | None = opt(None, "pixels of an image at least; default: the checkpoint's")
     max_pixels: int | None = opt(None, "pixels of an image at most; default: the checkpoint's")
     max_prompt: int | None = opt(None, "refuse prompts of more tokens, at the start")
+    workers: int = opt(0, "processes that prepare the next step's prompts; 0: none", least=0)
     out: str = opt("runs/grpo", "folder of the run")
     note: str = opt("", "a word to the reader of the report, at its head")
     seed: int = opt(0, "fixes data order and samples", least=0)
@@ -159,12 +162,12 @@ def token_weights(mask: Tensor, mean: str, sequences: int, max_new: int, tokens=
 # --------------------------------------------------------------- the steps of a run, in their order
 
 
-def sample_groups(model, processor, examples, drawn, count, cfg) -> Rollout:
+def sample_groups(model, ahead: Ahead, drawn, count, cfg) -> Rollout:
     """The next `count` prompts of the data order with their completions (lines 5 and 7)."""
-    rows = draw_rows(len(examples), cfg.seed, drawn, count)
-    prompts = [processor.prompt(examples[i], cfg.max_prompt) for i in rows]
-    return sample(model, processor, prompts, cfg.group, cfg.max_new, cfg.temperature, cfg.seed,
-                  uids=list(range(drawn, drawn + count)))
+    rows, later = (draw_rows(len(ahead.examples), cfg.seed, start, count)
+                   for start in (drawn, drawn + cfg.prompts))  # fmt: skip
+    return sample(model, ahead.processor, ahead(rows, expected=later), cfg.group, cfg.max_new,
+                  cfg.temperature, cfg.seed, uids=list(range(drawn, drawn + count)))
 
 
 def reward_table(rollout: Rollout, rewards: list) -> Tensor:
@@ -191,14 +194,14 @@ def has_signal(reward: Tensor) -> Tensor:
     return reward.nan_to_num(math.inf).amin(1) < reward.nan_to_num(-math.inf).amax(1)
 
 
-def sample_batch(model, processor, examples, rewards, drawn, cfg):
+def sample_batch(model, ahead: Ahead, rewards, drawn, cfg):
     """This process's share of B groups, their rewards (R, B, G), and the prompts drawn by now.
 
     Dynamic sampling (DAPO, section 3.2): groups whose rewards are all equal are replaced by fresh
     prompts, `dynamic_sampling` times at most; what is still without signal then stays in.
     """
     first, count = parallel.share(cfg.prompts)
-    rollout = sample_groups(model, processor, examples, drawn + first, count, cfg)
+    rollout = sample_groups(model, ahead, drawn + first, count, cfg)
     drawn += cfg.prompts
     table = reward_table(rollout, rewards)
     for _ in range(cfg.dynamic_sampling):
@@ -206,7 +209,7 @@ def sample_batch(model, processor, examples, rewards, drawn, cfg):
         counts = parallel.gathered(len(dull))
         if dull:
             first = drawn + sum(counts[: parallel.rank()])
-            fresh = sample_groups(model, processor, examples, first, len(dull), cfg)
+            fresh = sample_groups(model, ahead, first, len(dull), cfg)
             rollout = rollout.replace(dull, fresh)
             table[:, dull] = reward_table(fresh, rewards)
         drawn += sum(counts)
@@ -287,17 +290,6 @@ def step_metrics(rollout: Rollout, table: Tensor, rewards: list) -> dict:
     }
 
 
-def evaluate_all(model, processor, evals: dict, cfg, out: Path, when: str) -> dict:
-    """Greedy results on every eval; details go to eval/NAME_WHEN.json, summaries are returned."""
-    found = {}
-    for name, examples in evals.items():
-        full = evaluate(model, processor, examples, max_new=cfg.max_new, title=f"{when}: {name}")
-        if parallel.rank() == 0:
-            journal.write_json(full, out / "eval" / f"{name}_{when}.json")
-        found[name] = {k: v for k, v in full.items() if k != "results"}
-    return found
-
-
 def setup(cfg: Config, device: str, seconds: Seconds) -> tuple:
     """All that a run reads, checked before anything is written: processor, rewards, rows, evals,
     policy and reference (lines 1 and 3), and the run's folder."""
@@ -305,12 +297,13 @@ def setup(cfg: Config, device: str, seconds: Seconds) -> tuple:
         raise ValueError(f"prompts {cfg.prompts}: fewer than the {parallel.size()} processes")
     rewards = load_rewards(cfg.rewards, cfg.reward_weights)
     folder = journal.newest_checkpoint(cfg.model)
-    processor = Processor.from_pretrained(folder, cfg.template, max_pixels=cfg.max_pixels)
+    processor = Processor.from_pretrained(folder, cfg.template, cfg.min_pixels, cfg.max_pixels,
+                                          cfg.system)
     with seconds("render"):
         examples = load_examples(cfg.data, cfg.images, "train", bad_rows=cfg.bad_rows)
         evals = load_evals(cfg.evals)
     for example in tqdm(examples, "measure prompts", leave=False) if cfg.max_prompt else ():
-        processor.prompt(example, cfg.max_prompt)
+        processor.length(example, cfg.max_prompt)
     with seconds("tiny"):
         policy = Qwen2VL.from_pretrained(folder, device=device)
         reference = Qwen2VL.from_pretrained(folder, device=device) if cfg.beta else None
@@ -328,9 +321,10 @@ def train(cfg: Config) -> dict:
         raise SystemExit(f"error: {error}") from error
     optimizers = make_optimizers(policy, cfg.optimizer, cfg.lr, cfg.weight_decay)
     half = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=cfg.bf16)
-    probes = [processor.prompt(e) for e in (next(iter(evals.values()), examples))[: cfg.probes]]
+    ahead = Ahead(processor, examples, cfg.max_prompt, cfg.workers)
+    probes = [processor.prompt(e) for e in next(iter(evals.values()), examples)[: cfg.probes]]
     with seconds("eval"), half():
-        before = evaluate_all(policy, processor, evals, cfg, out, "before")
+        before = evaluate_all(policy, processor, evals, cfg.max_new, out, "before")
 
     names, main_process = [name for name, _, _ in rewards], parallel.rank() == 0
     drawn, bad = 0, 0  # prompts drawn so far; steps in a row without an update
@@ -342,7 +336,7 @@ def train(cfg: Config) -> dict:
                 journal.log_probes(out, step - 1, policy, processor, probes, rewards, cfg.max_new)
         with seconds("sample"), half():
             # 5: sample a batch    7: sample G outputs for each question    8: compute rewards
-            rollout, table, drawn = sample_batch(policy, processor, examples, rewards, drawn, cfg)
+            rollout, table, drawn = sample_batch(policy, ahead, rewards, drawn, cfg)
         # 9: compute the advantages through group relative estimation
         adv = group_advantages(reward := total_reward(table, rewards), cfg.advantage).to(device)
         with seconds("update"), half():
@@ -367,7 +361,7 @@ def train(cfg: Config) -> dict:
     with seconds("eval"), half():
         if main_process:
             journal.log_probes(out, cfg.steps, policy, processor, probes, rewards, cfg.max_new)
-        after = evaluate_all(policy, processor, evals, cfg, out, "after")
+        after = evaluate_all(policy, processor, evals, cfg.max_new, out, "after")
     seconds["grpo"] = seconds["sample"] + seconds["update"] + seconds["log"]
     shown = {k: round(seconds[k], 1) for k in ("render", "tiny", "grpo", "eval")}
     summary = {"before": before, "after": after, "seconds": shown, "steps": cfg.steps,
@@ -376,16 +370,6 @@ def train(cfg: Config) -> dict:
         journal.write_json(summary, out / "summary.json")
         print_summary(summary, out, report.write(out))
     return summary
-
-
-def print_summary(found: dict, out: Path, page: Path) -> None:
-    """The table of before and after, and where things lie."""
-    print(f"\n{'':10}  before              after               format        (95 % interval)")
-    for name, b in found["before"].items():
-        a = found["after"][name]
-        cells = (f"{x['accuracy']:.3f} ({x['low']:.2f}-{x['high']:.2f})" for x in (b, a))
-        print(f"{name:10}  {'  '.join(cells)}  {b['format']:.2f} -> {a['format']:.2f}")
-    print(f"\ncheckpoint  {journal.newest_checkpoint(str(out))}\nreport      {page}")
 
 
 def main(argv=None) -> dict:

@@ -28,8 +28,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from checkpoint import checkpoint_folder
 from config import save_json
 from data import Prompt, open_image
+from hub import is_hub_id
 from rollout import Rollout, sample
 
 
@@ -61,13 +63,16 @@ def save_checkpoint(model, processor, folder: Path) -> None:
 
 def newest_checkpoint(folder: str) -> str:
     """`folder` if it is a checkpoint, else the newest step_… of the run that it is, else that of
-    the newest run in it. ValueError if there is none."""
+    the newest run in it; where there is no such folder, the hub's checkpoint of that id, downloaded
+    if need be. ValueError if there is none."""
 
     def whole(p):  # a folder step_….tmp is one that was never finished
         return all((p / name).is_file() for name in ("config.json", "tokenizer.json"))
 
     if whole(Path(folder)):
         return folder
+    if is_hub_id(folder):
+        return str(checkpoint_folder(folder))
     steps = sorted(p for p in Path(folder).glob("step_*[0-9]") if whole(p))
     runs = [p for p in Path(folder).glob("*/step_*[0-9]") if whole(p)]
     if not steps and runs:
@@ -75,7 +80,8 @@ def newest_checkpoint(folder: str) -> str:
         steps = sorted(p for p in newest.glob("step_*[0-9]") if whole(p))
     if not steps:
         raise ValueError(f"model {folder}: neither a checkpoint folder (config.json and "
-                         "tokenizer.json), nor a run that has one (step_…), nor a folder of runs")
+                         "tokenizer.json), nor a run that has one (step_…), nor a folder of runs, "
+                         "nor the id of one on the hub (owner/name)")
     return str(steps[-1])
 
 

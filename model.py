@@ -1,13 +1,17 @@
-"""Qwen2-VL in pure PyTorch, with one addition: the completions of a group share their prompt.
+"""Qwen2-VL and Qwen2.5-VL in pure PyTorch; the completions of a group share their prompt.
 
-Source: Wang et al. 2024, "Qwen2-VL: Enhancing Vision-Language Model's Perception of the World at
-Any Resolution" (arXiv 2409.12191). A vision tower turns patches of 14 x 14 pixels into features, a
-merger joins 2 x 2 of them into one token, and a Qwen2 decoder with multimodal rotary positions
-(M-RoPE: time, height, width) reads image tokens and text tokens as one sequence.
+Sources: Wang et al. 2024, "Qwen2-VL: Enhancing Vision-Language Model's Perception of the World at
+Any Resolution" (arXiv 2409.12191); Bai et al. 2025, "Qwen2.5-VL Technical Report" (arXiv
+2502.13923). A vision tower turns patches of 14 x 14 pixels into features, a merger joins 2 x 2 of
+them into one token, and a Qwen2 decoder with multimodal rotary positions (M-RoPE: time, height,
+width) reads image tokens and text tokens as one sequence. Qwen2.5-VL changes the tower alone: most
+blocks attend inside windows, norms are RMSNorm, MLPs are gated (section 2.1.1).
 
 What we do differently from the reference implementation, and why:
 - Tokens are packed, (S, D) without padding, through every norm, projection and MLP. Padding exists
   only inside attention.
+- Frames, and windows, of equal length attend in one call: a 448 x 448 image is one call of 16
+  windows, not 16 calls.
 - A prompt with G completions is one prompt, not G: the completions attend to the one copy of its
   keys and values, in sampling and in training, with gradient (`attend_shared`). It is exact;
   tests/test_model.py compares it with the repeated batch.
@@ -17,104 +21,20 @@ Letters: B prompts, G completions per prompt, L prompt tokens, T completion toke
 P patches, D width, H heads, K key/value heads, R = H/K, d head width, V vocabulary.
 """
 
-import json
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------------------- config
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """The vision tower's part of config.json, under its Hugging Face names."""
-
-    depth: int = 32
-    embed_dim: int = 1280
-    num_heads: int = 16
-    hidden_size: int = 1536  # the width of the language model that the merger writes for
-    mlp_ratio: int = 4
-    in_channels: int = 3
-    patch_size: int = 14  # pixels
-    temporal_patch_size: int = 2  # frames
-    spatial_merge_size: int = 2  # patches a side that become one token
-    hidden_act: str = "quick_gelu"
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """config.json of a Qwen2-VL checkpoint; `raw` is the file as read, and is what is written.
-
-    Reads both layouts of transformers: flat keys with `rope_theta` and `rope_scaling` (the hub's
-    checkpoints), and `text_config` with `rope_parameters` (transformers 5).
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vision: VisionConfig
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1_000_000.0
-    mrope_section: tuple[int, ...] = (16, 24, 24)
-    tie_word_embeddings: bool = False
-    hidden_act: str = "silu"
-    raw: dict = field(default_factory=dict, repr=False)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @classmethod
-    def from_dict(cls, raw: dict) -> "ModelConfig":
-        """From the parsed config.json. ValueError for what is missing or not implemented."""
-        if raw.get("model_type") != "qwen2_vl":
-            kind = raw.get("model_type")
-            raise ValueError(f"model_type {kind!r}: only 'qwen2_vl' is implemented")
-        text = {**raw, **(raw.get("text_config") or {})}
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
-            raise ValueError(f"rope type {rope}: only 'default' and 'mrope' are implemented")
-        if text.get("use_sliding_window"):
-            raise ValueError("use_sliding_window: sliding window attention is not implemented")
-        names = cls.__dataclass_fields__.keys() - {"vision", "raw"}
-        known = {k: text[k] for k in names if text.get(k) is not None}
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                     "num_attention_heads"):  # fmt: skip
-            if name not in known:
-                raise ValueError(f"config.json has no {name}")
-        known["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", 1_000_000.0))
-        known["mrope_section"] = tuple(rope.get("mrope_section", (16, 24, 24)))
-        tied = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-        known["tie_word_embeddings"] = bool(tied)
-        known.setdefault("num_key_value_heads", known["num_attention_heads"])
-        vision_names = VisionConfig.__dataclass_fields__.keys()
-        vision = {k: v for k, v in (raw.get("vision_config") or {}).items() if k in vision_names}
-        cfg = cls(**known, vision=VisionConfig(**vision), raw=raw)
-        cfg.check(text.get("head_dim"))
-        return cfg
-
-    def check(self, head_dim: int | None) -> None:
-        """ValueError for sizes that do not fit together and activations that are not here."""
-        if self.hidden_act != "silu" or self.vision.hidden_act != "quick_gelu":
-            raise ValueError(f"hidden_act {self.hidden_act!r}, {self.vision.hidden_act!r}: must be "
-                             "'silu' in the decoder, 'quick_gelu' in the vision tower")
-        d = head_dim or self.head_dim
-        if self.num_attention_heads * d != self.hidden_size:
-            raise ValueError(f"hidden_size {self.hidden_size}: must be num_attention_heads x head "
-                             f"width, {self.num_attention_heads} x {d}")
-        if 2 * sum(self.mrope_section) != d:
-            raise ValueError(f"mrope_section {self.mrope_section}: must sum to half the head "
-                             f"width, {d} / 2")
-
+from checkpoint import (
+    ModelConfig,
+    VisionConfig,
+    checkpoint_folder,
+    read_config,
+    read_weights,
+    save_weights,
+)
 
 # ------------------------------------------------------------------------------------- positions
 
@@ -139,22 +59,81 @@ def mrope(positions: Tensor, head_dim: int, theta: float, section: tuple[int, ..
     return angles.cos(), angles.sin()
 
 
-def vision_rope(grid: list[list[int]], merge: int, head_dim: int, device) -> tuple[Tensor, Tensor]:
-    """cos, sin (P, d) of the 2-D rotary positions of patches, in the order of `data.patchify`.
-
-    The patches of a merge x merge block follow one another; half of the frequencies turn by the row
-    of a patch, half by its column.
+def patch_places(grid: list[list[int]], merge: int) -> Tensor:
+    """Frame, row and column (P, 3) of patches, in the order of `data.patchify`: the patches of a
+    merge x merge block follow one another. Frames count through all images, so that each is one.
     """
-    places = []
+    places, frames = [], 0
     for t, h, w in grid:
-        rows = torch.arange(h, device=device)[:, None].expand(h, w)
-        cols = torch.arange(w, device=device)[None].expand(h, w)
-        both = torch.stack((rows, cols), -1).view(h // merge, merge, w // merge, merge, 2)
-        places.append(both.transpose(1, 2).reshape(h * w, 2).repeat(t, 1))
-    steps = torch.arange(0, head_dim // 2, 2, device=device, dtype=torch.float32)
-    angles = torch.cat(places)[..., None] / 10_000.0 ** (steps / (head_dim // 2))  # (P, 2, d/4)
+        axes = torch.arange(frames, frames + t), torch.arange(h), torch.arange(w)
+        at = torch.cartesian_prod(*axes)
+        at = at.view(t, h // merge, merge, w // merge, merge, 3)
+        places.append(at.transpose(2, 3).reshape(-1, 3))
+        frames += t
+    return torch.cat(places)
+
+
+def vision_rope(places: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos, sin (P, d) of the 2-D rotary positions of patches at rows and columns `places` (P, 2):
+    half of the frequencies turn by the row of a patch, half by its column."""
+    steps = torch.arange(0, head_dim // 2, 2, device=places.device, dtype=torch.float32)
+    angles = places[..., None] / 10_000.0 ** (steps / (head_dim // 2))  # (P, 2, d/4)
     angles = angles.flatten(1).repeat(1, 2)  # (P, d)
     return angles.cos(), angles.sin()
+
+
+def window_order(places: Tensor, span: int) -> tuple[Tensor, Tensor]:
+    """Patches (P, 3), see `patch_places`, in an order that makes each window of span x span patches
+    contiguous, and windows of equal length neighbours; the window (P,) of each patch in that order.
+
+    Windows at the right and lower edge of a frame hold what is left of it; nothing is padded.
+    """
+    corner = places // torch.tensor([1, span, span])
+    _, window = corner.unique(dim=0, return_inverse=True)
+    length = window.bincount()
+    order = (length[window] * len(length) + window).argsort(stable=True)
+    return order, window[order]
+
+
+def segments(ids: Tensor, device) -> list[tuple]:
+    """Who attends to whom: the patches of equal ids (P,). One call of attention for each length:
+    [(index of the patches, segments, length), ...]. The index is a slice, and nothing is copied,
+    where the patches stand in order (frames of equal length; windows after `window_order`).
+    """
+    length, calls = ids.bincount()[ids], []
+    for n in length.unique().tolist():
+        at = (length == n).nonzero()[:, 0]
+        at = at[ids[at].argsort(stable=True)]
+        count, first, last = len(at) // n, int(at[0]), int(at[-1])
+        in_order = bool((at.diff() == 1).all())
+        calls.append((slice(first, last + 1) if in_order else at.to(device), count, n))
+    return calls
+
+
+# --------------------------------------------------------------------------- norm and MLP
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+class MLP(nn.Module):
+    """Gated (SwiGLU): the decoder's, and with biases that of Qwen2.5-VL's vision tower."""
+
+    def __init__(self, width: int, inner: int, bias: bool = False):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 # ---------------------------------------------------------------------------------- vision tower
@@ -178,54 +157,52 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(cfg.embed_dim, 3 * cfg.embed_dim)
         self.proj = nn.Linear(cfg.embed_dim, cfg.embed_dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, frames: list) -> Tensor:
-        """Full attention inside each frame. `frames` is from `frames_by_length`."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, calls: list) -> Tensor:
+        """Full attention inside each segment of `calls`, which is from `segments`."""
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)  # (P, heads, d)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = torch.empty_like(v)
-        for at, n, length in frames:
+        for at, n, length in calls:
             qkv = (t[at].view(n, length, self.heads, -1).transpose(1, 2) for t in (q, k, v))
             y = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(0, 1)
-            out = y if len(y) == len(x) else out.index_copy(0, at, y)
+            if len(calls) == 1 and isinstance(at, slice):
+                out = y
+            else:
+                out[at] = y
         return self.proj(out.flatten(1))
 
 
-def frames_by_length(grid: list[list[int]], device) -> list[tuple]:
-    """Frames of equal length attend in one call: [(index of their patches, frames, length), ...].
-
-    Where all are equal (CLEVR) that is one call and the index is a slice: nothing is copied.
-    """
-    lengths = [h * w for t, h, w in grid for _ in range(t)]
-    if len(set(lengths)) == 1:
-        return [(slice(None), len(lengths), lengths[0])]
-    patch_length = torch.tensor(lengths).repeat_interleave(torch.tensor(lengths))  # (P,)
-    return [
-        ((patch_length == n).nonzero()[:, 0].to(device), lengths.count(n), n)
-        for n in sorted(set(lengths))
-    ]
-
-
 class VisionMLP(nn.Module):
+    """Qwen2-VL's."""
+
     def __init__(self, cfg: VisionConfig):
         super().__init__()
-        self.fc1 = nn.Linear(cfg.embed_dim, int(cfg.embed_dim * cfg.mlp_ratio))
-        self.fc2 = nn.Linear(int(cfg.embed_dim * cfg.mlp_ratio), cfg.embed_dim)
+        self.fc1 = nn.Linear(cfg.embed_dim, cfg.intermediate_size)
+        self.fc2 = nn.Linear(cfg.intermediate_size, cfg.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
         return self.fc2(x * torch.sigmoid(1.702 * x))  # quick GELU
 
 
+def vision_norm(cfg: VisionConfig) -> nn.Module:
+    """LayerNorm in Qwen2-VL, RMSNorm in Qwen2.5-VL."""
+    norm = RMSNorm if cfg.family == "qwen2_5_vl" else nn.LayerNorm
+    return norm(cfg.embed_dim, eps=1e-6)
+
+
 class VisionBlock(nn.Module):
     def __init__(self, cfg: VisionConfig):
         super().__init__()
-        self.norm1 = nn.LayerNorm(cfg.embed_dim, eps=1e-6)
-        self.norm2 = nn.LayerNorm(cfg.embed_dim, eps=1e-6)
+        gated = cfg.family == "qwen2_5_vl"
+        self.norm1, self.norm2 = vision_norm(cfg), vision_norm(cfg)
         self.attn = VisionAttention(cfg)
-        self.mlp = VisionMLP(cfg)
+        self.mlp = (
+            MLP(cfg.embed_dim, cfg.intermediate_size, bias=True) if gated else VisionMLP(cfg)
+        )
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, frames: list) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, frames)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, calls: list) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin, calls)
         return x + self.mlp(self.norm2(x))
 
 
@@ -233,7 +210,7 @@ class PatchMerger(nn.Module):
     def __init__(self, cfg: VisionConfig):
         super().__init__()
         self.width = cfg.embed_dim * cfg.spatial_merge_size**2
-        self.ln_q = nn.LayerNorm(cfg.embed_dim, eps=1e-6)
+        self.ln_q = vision_norm(cfg)
         self.mlp = nn.Sequential(
             nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, cfg.hidden_size)
         )
@@ -252,14 +229,19 @@ class VisionTower(nn.Module):
 
     def patch_states(self, patches: Tensor, grid: Tensor) -> Tensor:
         """patches (P, C), grid (n, 3) in patches -> states (P, D_vision) before the merger."""
-        grid = grid.tolist()
-        head_dim = self.cfg.embed_dim // self.cfg.num_heads
-        cos, sin = vision_rope(grid, self.cfg.spatial_merge_size, head_dim, patches.device)
-        frames = frames_by_length(grid, patches.device)
+        cfg, device, windows = self.cfg, patches.device, None
+        places = patch_places(grid.tolist(), cfg.spatial_merge_size)
+        if cfg.window:  # once for all blocks, patches go to the order of windows
+            order, window = window_order(places, cfg.window)
+            windows, places, order = segments(window, device), places[order], order.to(device)
+            patches = patches[order]
+        frames = segments(places[:, 0], device)
+        cos, sin = vision_rope(places[:, 1:].to(device), cfg.embed_dim // cfg.num_heads)
         x = self.patch_embed(patches)
-        for block in self.blocks:
-            x = block(x, cos, sin, frames)
-        return x
+        for i, block in enumerate(self.blocks):
+            full = windows is None or i in cfg.fullatt_block_indexes
+            x = block(x, cos, sin, frames if full else windows)
+        return x if windows is None else torch.empty_like(x).index_copy(0, order, x)  # and back
 
     def forward(self, patches: Tensor, grid: Tensor) -> Tensor:
         """patches (P, C), grid (n, 3) -> image features (P/4, D), a row per image token."""
@@ -350,16 +332,6 @@ class Cache:
 # --------------------------------------------------------------------------------------- decoder
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
-
-
 def attend_shared(q, k, v, prompt_k, prompt_v, prompt_mask=None) -> Tensor:
     """Completions attend to their group's one prompt and causally to themselves, in one softmax.
 
@@ -426,24 +398,13 @@ class Attention(nn.Module):
         return self.o_proj(torch.cat(out).flatten(1))
 
 
-class MLP(nn.Module):
-    def __init__(self, cfg: ModelConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class DecoderLayer(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.self_attn = Attention(cfg, layer)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.mlp = MLP(cfg)
+        self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size)
 
     def forward(self, x, cos, sin, lay, cache):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, lay, cache)
@@ -469,7 +430,7 @@ class Decoder(nn.Module):
 
 
 class Qwen2VL(nn.Module):
-    """The whole model. `forward` gives hidden states; `head` turns them into logits."""
+    """Qwen2-VL or Qwen2.5-VL. `forward` gives hidden states; `head` turns them into logits."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -523,75 +484,22 @@ class Qwen2VL(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "Qwen2VL":
-        """Reads config.json and model.safetensors, or the shards of its index.json. Runs no code.
+    def from_pretrained(cls, name, dtype=torch.float32, device="cpu") -> "Qwen2VL":
+        """A checkpoint of either family: a folder, or its id on the hub. Runs no code of it.
 
-        Errors: FileNotFoundError, ValueError with the names and shapes of weights that are missing,
-        not expected or of another shape.
+        Errors: FileNotFoundError, ValueError, see checkpoint.checkpoint_folder and read_weights.
         """
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder}: no config.json, so no Hugging Face checkpoint")
-        try:
-            cfg = ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
-        except ValueError as error:
-            raise ValueError(f"{folder}/config.json: {error}") from error
+        folder = checkpoint_folder(name)
+        cfg = read_config(folder)
         with torch.device("meta"):
             model = cls(cfg)
-        model.load_state_dict(read_weights(folder, model, dtype, device), assign=True)
-        if cfg.tie_word_embeddings:
+        shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+        tied = cfg.tie_word_embeddings
+        model.load_state_dict(read_weights(folder, shapes, tied, dtype, device), assign=True)
+        if tied:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
 
     def save_pretrained(self, folder) -> None:
         """Writes config.json and safetensors (shards of 5 GB) under the Hugging Face names."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
-        if self.cfg.tie_word_embeddings:
-            del state["lm_head.weight"]
-        save_torch_state_dict(state, folder)
-        raw = {**self.cfg.raw, "dtype": str(self.head.dtype).removeprefix("torch.")}
-        (Path(folder) / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-
-
-def read_weights(folder: Path, model: nn.Module, dtype, device) -> dict[str, Tensor]:
-    """The tensors that `model` needs from a checkpoint folder, checked, one at a time in memory."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    state, problems = {}, []
-    for file in files:
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder}: {file} is missing")
-        try:
-            opened = safe_open(folder / file, framework="pt", device=str(device))
-        except SafetensorError as error:
-            raise ValueError(f"{folder}/{file}: not a whole safetensors file: {error}") from error
-        with opened as f:
-            for key in f.keys():  # noqa: SIM118 (safe_open is no dict)
-                name = hub_name(key)
-                shape = tuple(f.get_slice(key).get_shape())
-                if name not in want:
-                    problems.append(f"{name}: not expected")
-                elif shape != want[name]:
-                    problems.append(f"{name}: expected {want[name]}, found {shape}")
-                else:
-                    state[name] = f.get_tensor(key).to(dtype)
-    if model.cfg.tie_word_embeddings:
-        state["lm_head.weight"] = state.get("model.embed_tokens.weight")
-    missing = [f"{k}: missing" for k in want if state.get(k) is None]
-    if problems + missing:
-        told = missing + problems
-        more = [f"and {len(told) - 20} more"] if len(told) > 20 else []
-        raise ValueError(f"{folder}: weights do not fit config.json\n  " +
-                         "\n  ".join(told[:20] + more))
-    return state
-
-
-def hub_name(key: str) -> str:
-    """The name on the hub of a weight that a later transformers nested one level deeper."""
-    key = key.replace("model.language_model.", "model.", 1)
-    return key.removeprefix("model.") if key.startswith("model.visual.") else key
+        save_weights(folder, self.state_dict(), self.cfg)

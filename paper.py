@@ -39,7 +39,7 @@ from model import Qwen2VL
 from rewards import ANSWER, THINK
 from rows import load_examples
 from sft import Config as SFTConfig
-from sft import fit
+from sft import fit, taught
 
 EVALS = ("A=world:A:n=500", "A_attribute=world:A:n=500:ask=attribute", "B=world:B:n=500",
          "C=world:C:n=500")  # fmt: skip
@@ -108,11 +108,11 @@ def train(name: str, recipe: str, seed: int) -> str:
         return newest_checkpoint(str(out))
     model = Qwen2VL.from_pretrained(base.model, device=parallel.start())
     processor = Processor.from_pretrained(base.model, template)
-    rows = [(example, TARGETS[learns](example)) for example in load_examples(base.data)]
+    rows = [taught(example, TARGETS[learns](example)) for example in load_examples(base.data)]
     stage = SFTConfig(steps=base.steps, batch=base.prompts, micro=base.prompts, seed=seed,
                       optimizer=base.optimizer, lr=base.lr, schedule=base.schedule,
                       warmup=base.warmup)  # fmt: skip
-    fit(model, processor, rows, stage, title=f"{name}, seed {seed}")
+    list(fit(model, processor, rows, stage, title=f"{name}, seed {seed}"))
     save_checkpoint(model, processor, out / f"step_{base.steps:06d}")
     return newest_checkpoint(str(out))
 

@@ -7,14 +7,19 @@ A reward is `f(text, example) -> float | None` (None: no signal, the completion 
 `text` is the completion alone, never the prompt; `example.solution` is the gold answer.
 The rewards below give 0.0 or 1.0 for any text whatever and never raise. They read the text with
 str.find and the like, so their time is linear in its length: the patterns of peers backtrack, and
-a policy soon emits what makes them take seconds.
+a policy soon emits what makes them take seconds. Two of them, `math` and `r1v_accuracy`, ask
+math-verify where comparing strings does not settle it: in a process of its own that is killed
+after 3 s (verify.py), on 10,000 characters at most. What kills it gets None, neither reward nor
+punishment: how long sympy takes says nothing about the answer.
 
-`accuracy` and `format` are ours, `r1v_*` are R1-V's rules (src/r1-v/src/open_r1/grpo.py), kept to
-the letter so that its runs can be repeated; R1-V also asks math-verify first, which is not here.
+`accuracy`, `math` and `format` are ours, `r1v_*` are R1-V's (src/r1-v/src/open_r1/grpo.py), kept
+to the letter so that its runs can be repeated. Its accuracy can be had without an answer: the last
+number of the whole completion counts, thoughts too, and "8" is 8√3 to it.
 
-What a policy tries, and what it gets from `accuracy` and `format`:
+What a policy tries, and what it gets from `accuracy`, `math` and `format`:
   an empty answer, a blank one, an unclosed one        both 0
-  "3 or 4", "1, 2, 3", "A or B or C" in one answer     accuracy 0: the whole must equal the gold
+  "3 or 4", "1, 2, 3", "A or B or C" in one answer     accuracy 0: the whole must equal the gold;
+                                                       math too: these are sets, or products
   several answers, one after another or nested         both 0: one answer after the last </think>
   the candidates listed in the thoughts                nothing: only text after </think> is read
   several thoughts, to move the last </think>          format 0, and the one answer left counts
@@ -25,13 +30,14 @@ What these rules cannot see: a thought of one full stop has format 1, and a gues
 import functools
 import importlib.util
 import inspect
-import math
 import numbers
 import re
 import sys
+from math import isfinite
 from pathlib import Path
 
 from config import nearest
+from verify import verify
 
 # The tag words, here and nowhere else: prompt, reward and evaluation import them.
 THINK = ("<think>", "</think>")
@@ -40,7 +46,11 @@ ANSWER = ("<answer>", "</answer>")
 # Whole number or decimal, thousands in groups or not. [0-9]: \d also takes other scripts' digits.
 NUMBER = re.compile(r"([+\-−]?)(?=\.?[0-9])([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.([0-9]+))?")
 LONGEST_NUMBER = 40                                     # characters; a longer one is a word
+LONGEST_FORMULA = 500                                   # characters; a longer answer is no formula
 CHOICE = re.compile(r"\(?[a-z]\)")                      # (b) and b); "b." has lost its full stop
+ROOT = re.compile(r"√(?:\{([^{}√]*)\}|([0-9]+|[a-z]))")    # √{…}, √3, √x
+# A length, an area, ° or what is Chinese (米, 小时) at the end, behind a number: 27cm^{2}, 65π m.
+UNIT = re.compile(r"(?<=[0-9})π])\s*(?:°|[\u4e00-\u9fff]+|[cdkm]?m(?:[²³]|\^\{?[23]\}?\^?)?)$")
 BRIDGE = re.compile(rf"{THINK[1]}\s*{ANSWER[0]}")       # linear: every attempt starts at a "<"
 
 
@@ -48,6 +58,21 @@ def accuracy(text, example):
     """1 if the one answer after the last </think> equals the gold (see same), else 0."""
     answer = final_answer(text)
     return float(answer is not None and same(answer, gold_answer(example.solution)))
+
+
+def math(text, example):
+    """1 if the one answer after the last </think> equals the gold: as in accuracy, or as a formula
+    to math-verify (0.5 and \\frac{1}{2}, 2√3 and 2\\sqrt{3}, x = 3 and 3), else 0. Units are not
+    compared: 140° is 140, 3 cm is 3 m. A gold of letters alone is words (else "der" would be red,
+    e times d times r). None if math-verify had to be killed."""
+    answer, gold = final_answer(text), gold_answer(example.solution)
+    if answer is None or not gold:
+        return 0.0
+    words = gold.isascii() and "".join(gold.split()).isalpha()
+    if same(answer, gold) or words or len(answer) > LONGEST_FORMULA:
+        return float(same(answer, gold))
+    equal = verify(formula(answer), formula(gold), latex=True)
+    return None if equal is None else float(equal)
 
 
 def format(text, example):
@@ -62,9 +87,14 @@ def format(text, example):
 
 
 def r1v_accuracy(text, example):
-    """R1-V: 1 if the first answer of text equals the first answer of the solution, as strings;
-    where there is no answer tag the whole text, stripped, stands for it."""
-    return float(r1v_answer(text) == r1v_answer(example.solution))
+    """R1-V: 1 if math-verify takes the last formula or number of text for that of the solution, or
+    if the first answer of text equals the first of the solution, as strings; where there is no
+    answer tag the whole text, stripped, stands for it. The strings are compared first, since that
+    costs nothing. None if they differ and math-verify had to be killed (R1-V: 0)."""
+    if r1v_answer(text) == r1v_answer(example.solution):
+        return 1.0
+    equal = verify(text, example.solution)
+    return None if equal is None else float(equal)
 
 
 def r1v_format(text, example):
@@ -122,6 +152,16 @@ def plain(answer):
     return text.strip("()") if CHOICE.fullmatch(text) else text
 
 
+def formula(answer):
+    """An answer as one formula for math-verify, in $…$, without its unit. GeoQA's √{3} (and √3),
+    Chinese units and squares of units are what math-verify does not know."""
+    text = " ".join(answer.split())
+    for mark in ("$", "\\(", "\\)", "\\[", "\\]"):
+        text = text.replace(mark, " ")
+    text = ROOT.sub(r"\\sqrt{\1\2}", UNIT.sub("", text.strip()))
+    return f"${text}$"
+
+
 def r1v_answer(text):
     """re.search("<answer>(.*?)</answer>", text).group(1).strip(), else text.strip(). Without DOTALL
     an answer cannot cross a newline: the first line that holds a whole one has it."""
@@ -134,7 +174,8 @@ def r1v_answer(text):
 
 # ---- the rewards of a run ----
 
-REWARDS = {reward.__name__: reward for reward in (accuracy, format, r1v_accuracy, r1v_format)}
+REWARDS = {reward.__name__: reward
+           for reward in (accuracy, math, format, r1v_accuracy, r1v_format)}
 
 
 def load_rewards(names, weights=()):
@@ -187,6 +228,6 @@ def load_own(name):
 def checked(name, function, text, example):
     """function(text, example), which must be a finite number or None."""
     value = function(text, example)
-    if value is None or (isinstance(value, numbers.Real) and math.isfinite(value)):
+    if value is None or (isinstance(value, numbers.Real) and isfinite(value)):
         return value if value is None else float(value)
     raise ValueError(f"reward {name}: gave {value!r:.80}; must be a finite number or None")

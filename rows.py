@@ -1,103 +1,44 @@
-"""From a row of any data set to an example: .jsonl files, and scenes of the embedded worlds.
+"""From a row of any data set of the field to an example, read when it is needed.
 
-    load_examples("train.jsonl", images="pictures")            # {"problem", "solution", "images"}
-    load_examples("world:A,n=500,seed=7,ask=count+relation")   # drawn once, then kept in .cache
+    load_examples("train.jsonl", images="pictures")    # or a .parquet, or a folder of either
+    load_examples("leonardPKU/clevr_cogen_a_train")    # a data set of the hub; also NAME@REVISION
+    load_examples("owner/name:validation")             # a split by its name; of a folder, too
+    load_examples("world:A,n=500,seed=7")              # see scenes.py
 
 A row that cannot be used is found before the run starts, not at step 400: every row is read and
-every image decoded, and what is wrong is told with file and row. A row may name images below one
-folder only; nothing is fetched, and only decoders that run no other program are used.
+every image decoded, and what is wrong is told with file and row. A set that was checked whole is
+not decoded again at the next start: .cache/rows remembers it. What stays in memory are the places
+of the rows, a few bytes each, and per process the few row groups of parquet that were read last.
+
+A row may be R1-V's (problem, solution, image), VLM-R1's or LLaVA's (conversations), TRL's (prompt
+or messages, with a solution or completion); of a chat, one question and one answer are read.
 """
 
-import hashlib
 import json
-import multiprocessing
 import os
 import re
-import struct
 import sys
-import zlib
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
-from PIL import Image, ImageOps
+import PIL
+import pyarrow as pa
 from tqdm import tqdm
 
-import world
-from config import nearest
-from rewards import gold_answer
+import example
+import images as pictures
+import rewards
+import shards
+from example import Example, to_example
+from hub import is_hub_id, snapshot
+from images import open_image
+from scenes import load_world
+from shards import Lines, Table, alone, digest, file_stamps, find
 
-
-@dataclass(frozen=True)
-class Example:
-    """A row of a data set. images: paths, PIL images or uint8 arrays (H, W, 3).
-
-    extra holds what else the row has, for rewards of one's own: the other keys of a JSON row; the
-    "scene" and the "program" of a world's question.
-    """
-
-    problem: str
-    solution: str
-    images: tuple = field(default=(), repr=False)
-    task: str = ""
-    row: str = ""  # where it came from: "train.jsonl:12", "world:A#7"
-    extra: dict = field(default_factory=dict, repr=False, compare=False)
-
-
-# ------------------------------------------------------------------------------------------- images
-
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS: it calls Ghostscript
-LARGEST = 89_478_485  # pixels; where PIL begins to warn of a decompression bomb
-SMALLEST = 4  # pixels a side; transformers would blow up a single pixel to 56 x 56
-DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error)
-
-
-def open_image(source) -> np.ndarray:
-    """RGB pixels (H, W, 3) uint8 of a path, a PIL image or such an array.
-
-    Transparency is laid on white and other modes are PIL's convert("RGB"), as in transformers 5.
-    EXIF orientation is applied, which transformers does only to files that it opens itself.
-    ValueError for a file that is damaged or no picture, and for a size above LARGEST, below
-    SMALLEST, or with a side over 200 times the other (Qwen's rule).
-    """
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
-            found = f"{source.dtype} {source.shape}"
-            raise ValueError(f"image array: expected uint8 (H, W, 3), found {found}")
-        check_size("image array", source.shape[1], source.shape[0])
-        return source
-    is_file = isinstance(source, str | Path)
-    try:
-        with Image.open(source, formats=FORMATS) if is_file else source.copy() as image:
-            check_size("it", *image.size)
-            image = ImageOps.exif_transpose(image)
-            if "A" in image.getbands() or image.info.get("transparency") is not None:
-                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            return np.asarray(image.convert("RGB"))
-    except (*DAMAGED, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {source}: {error}") from error
-
-
-def check_size(name: str, width: int, height: int) -> None:
-    """Raises ValueError for a picture of `name` whose size is refused, see open_image."""
-    if width * height > LARGEST or min(width, height) < SMALLEST:
-        raise ValueError(f"{name} has {width} x {height} pixels; at least {SMALLEST} a side and at "
-                         f"most {LARGEST:,} in all are accepted")
-    if max(width, height) > 200 * min(width, height):
-        raise ValueError(f"{name} has {width} x {height} pixels, an aspect ratio above 200")
-
-
-# --------------------------------------------------------------------------------- rows of a .jsonl
-
-ALIASES = {
-    "problem": ("problem", "question"),
-    "solution": ("solution", "ground_truth"),
-    "images": ("images", "image", "image_path"),
-}
+LISTED = 20  # bad rows that are told of at most
+FEW = 100  # rows that are checked at every start, in a second or less
 
 
 def load_examples(
@@ -106,195 +47,194 @@ def load_examples(
     part: str = "train",
     limit: int | None = None,
     bad_rows: str = "refuse",
-) -> list[Example]:
-    """The first `limit` rows of a .jsonl file, or of a world (see load_world; part is its part).
+) -> Sequence[Example]:
+    """The first `limit` rows of a file, a folder, a data set of the hub, or a world.
 
-    A row is {"problem", "solution", "images"} or the aliases above; images is a path, a list of
-    paths or missing, below the folder `images` (default: the file's). A solution is a text or a
-    number. Bad rows raise one ValueError that names them; bad_rows="skip" leaves them out and says
-    so on stderr.
+    part: train, test or val, where the source has several and does not say which. images: the
+    folder that image paths start from (default: the file's). Bad rows raise one ValueError that
+    names them; bad_rows="skip" leaves them out and says so on stderr.
     """
     if bad_rows not in ("refuse", "skip"):
         raise ValueError(f"bad_rows {bad_rows!r}: must be refuse or skip")
-    if str(source).startswith("world:"):
-        return load_world(str(source), part, limit)
-    path = Path(source)
-    if path.suffix != ".jsonl" or not path.is_file():
-        raise ValueError(f"{source}: neither a .jsonl file nor world:A, world:B or world:C")
-    base = Path(images or path.parent).resolve()
-    lines = enumerate(path.read_bytes().split(b"\n"), 1)
-    lines = [(f"{path.name}:{n}", line) for n, line in lines if line.strip()][:limit]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release the GIL
-        rows = pool.map(partial(read_row, base=base), lines)
-        rows = list(tqdm(rows, f"check {path.name}", len(lines), disable=len(lines) < 1000))
-    bad, good = ([row for row in rows if isinstance(row, kind)] for kind in (str, Example))
-    told = [f"{path}: {len(bad)} of {len(rows)} rows are bad", *bad[:20]]
-    told = "\n  ".join(told + [f"and {len(bad) - 20} more"] * (len(bad) > 20))
-    if bad and (bad_rows == "refuse" or not good):
+    source = str(source)
+    if source.startswith("world:"):
+        return load_world(source, part, limit)
+    files = find_files(source, part)
+    base = Path(images or files[0].parent).resolve()
+    parts, there = [], 0
+    for path in files:
+        if limit is None or there < limit:
+            parts.append(Lines(path) if path.suffix == ".jsonl" else Table(path))
+            there += len(parts[-1])
+    rows = Rows(parts, base, np.arange(there)[:limit])
+    if not len(rows):
+        raise ValueError(f"{source}: no rows")
+    bad = checked(rows, files, whole=len(parts) == len(files) and len(rows) == there)
+    told = [f"{source}: {len(bad)} of {len(rows)} rows are bad", *list(bad.values())[:LISTED]]
+    told = "\n  ".join(told + [f"and {len(bad) - LISTED} more"] * (len(bad) > LISTED))
+    if len(bad) == len(rows) or (bad and bad_rows == "refuse"):
         raise ValueError(told)
-    if not good:
-        raise ValueError(f"{path}: no rows")
     if bad:
         print(f"{told}\n  and left out", file=sys.stderr)
-    return good
+    return Rows(parts, base, np.delete(rows.at, list(bad)))
 
 
-def read_row(line: tuple[str, bytes], base: Path) -> Example | str:
-    """The example of a (row, JSON) line, or what is wrong with it."""
-    row, text = line
-    try:
-        fields = json.loads(text)
-        if not isinstance(fields, dict):
-            raise ValueError("not a JSON object")
-        problem, solution, images = (pick(fields, names) for names in ALIASES.values())
-        if not isinstance(problem, str) or not problem.strip():
-            raise ValueError("no problem (or question)")
-        problem.encode()  # raises for half a surrogate pair, which no tokenizer takes
-        if isinstance(solution, bool) or not isinstance(solution, str | int | float):
-            raise ValueError("no solution (or ground_truth): a text or a number is expected")
-        if solution != solution or not gold_answer(str(solution)):
-            raise ValueError("the solution is empty")
-        images = [] if images is None else images if isinstance(images, list) else [images]
-        paths = tuple(find_image(name, base) for name in images)
-        for path in paths:
-            open_image(path)
-        known = {name for names in ALIASES.values() for name in names}
-        extra = {key: value for key, value in fields.items() if key not in known}
-        return Example(problem, str(solution), paths, str(fields.get("task") or ""), row, extra)
-    except (ValueError, OSError, RecursionError) as error:
-        return f"{row}: {error}"
+class Rows(Sequence):
+    """Examples that are read when they are asked for: rows[3], rows[:10], for example in rows.
+
+    It holds no row and no open file, so it is small to send to another process, and several threads
+    may read from it. parts: Lines and Tables; at (n,): its rows, counted over all parts.
+    """
+
+    def __init__(self, parts: list, base: Path, at: np.ndarray):
+        self.parts, self.base, self.at = parts, base, at
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self):
+        return len(self.at)
+
+    def __getitem__(self, i):
+        """The i-th example, or for a slice the Rows of it. ValueError names a row that is bad."""
+        if isinstance(i, slice):
+            return Rows(self.parts, self.base, self.at[i])
+        k, n = find(self.ends, int(self.at[i]))
+        try:
+            return to_example(self.parts[k].fields(n), self.base, self.name(i))
+        except (ValueError, OSError, RecursionError, pa.ArrowException) as error:
+            raise ValueError(f"{self.name(i)}: {error}") from error
+
+    def name(self, i: int) -> str:
+        """Where the i-th example comes from: "train.jsonl:12"."""
+        k, n = find(self.ends, int(self.at[i]))
+        return self.parts[k].name(n)
 
 
-def pick(fields: dict, names: tuple[str, ...]):
-    """The one field that has one of the names, or None."""
-    there = [name for name in names if fields.get(name) is not None]
-    if len(there) > 1:
-        raise ValueError(f"has {' and '.join(there)}, which mean the same")
-    return fields[there[0]] if there else None
+# -------------------------------------------------------------------------------- files of a source
 
-
-def find_image(name, base: Path) -> str:
-    """The file `name` below base. A row of a data set may open no other file of the machine."""
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"image {name!r}: a path is expected")
-    if "://" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"image {name}: must be a path below {base}, no URL, without '..'")
-    path = (base / name).resolve()
-    if not path.is_relative_to(base):
-        raise ValueError(f"image {name}: a link that leads out of {base}")
-    if not path.is_file():
-        raise ValueError(f"image {path}: no such file")
-    return str(path)
-
-
-# ------------------------------------------------------------------------------------------- worlds
-
-CACHE = Path(__file__).resolve().parent / ".cache" / "world"
-CHUNK = 64  # scenes that a worker draws at a time
-FEW = 500  # scenes that are drawn before worker processes would have started
-READ = {
-    "n": int,
-    "seed": int,
-    "ask": lambda value: tuple(value.split("+")),
-    "objects": lambda value: tuple(int(n) for n in value.split("-")),
-    "size": lambda value: tuple(int(n) for n in value.split("x")),
+SUFFIXES = (".jsonl", ".parquet")
+KINDS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
+PATTERNS = ("*.parquet", "*.jsonl", *(f"*.{s}" for kind in KINDS for s in (kind, kind.upper())))
+PARTS = {  # what the hub's file names call them
+    "train": ("train", "training"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "val": ("val", "valid", "validation", "dev"),
 }
 
 
-def load_world(source: str, part: str = "train", limit: int | None = None) -> list[Example]:
-    """Questions about the scenes of an embedded world, whose pictures are kept under CACHE.
+def find_files(source: str, part: str) -> list[Path]:
+    """The .jsonl or .parquet files of a source, all in one folder and of one split, in order."""
+    place, _, split = source.rpartition(":") if not Path(source).exists() else (source, "", "")
+    place, split = (place, split) if place else (source, "")
+    if Path(place).is_file() and Path(place).suffix in SUFFIXES and not split:
+        return [Path(place)]
+    if Path(place).is_dir():
+        folder = Path(place)
+    elif is_hub_id(place) and Path(place).suffix not in (*SUFFIXES, ".json"):
+        folder = snapshot(place, "dataset", PATTERNS)
+    else:
+        raise ValueError(f"{source}: neither a .jsonl or .parquet file, a folder of such, a data "
+                         "set of the hub (owner/name), nor world:A, world:B or world:C")
+    splits = {}
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if path.suffix in SUFFIXES and path.is_file() and not inside.as_posix().startswith("."):
+            splits.setdefault(split_name(inside), []).append(path)
+    files = splits[choose_split(source, splits, split, part)]
+    described = [path.parent for path in files if path.name == "metadata.jsonl"]  # imagefolder
+    files = [p for p in files if p.name == "metadata.jsonl" or p.parent not in described]
+    names = ", ".join(str(path.relative_to(folder)) for path in files[:LISTED])
+    if len({(path.parent, path.suffix) for path in files}) > 1:
+        raise ValueError(f"{source}: its rows lie in several folders or kinds of file, which may "
+                         f"not belong together; name one file or folder of {folder}: {names}")
+    said = re.search(r"-\d+-of-(\d+)", files[0].stem)
+    if said and int(said[1]) != len(files):
+        raise ValueError(f"{source}: {len(files)} of {int(said[1])} files are there: {names}")
+    return files
 
-    world:SPLIT and any of n=1000, seed=0, part=train, objects=3-10, size=112x112 (width x height),
-    look=…, shapes=… (see world.make_scenes), ask=count, each after a comma or a colon. With
-    ask=count+relation a kind is drawn for each scene; where it cannot be asked another one is, and
-    a scene of which nothing can be asked is left out. B asks for attributes if ask is not given:
-    its colours are what is new in it.
+
+def split_name(path: Path) -> str:
+    """The split that a file of a data set holds, from its name or else the folders it is in: train,
+    test, val, another name before "-00000-of-00002", or "" if nothing says."""
+    shard = re.match(r"(.+?)-\d+-of-\d+", path.stem)
+    names = (path.stem, *(folder.name for folder in path.parents))
+    return shard[1] if shard else next(filter(None, map(part_of, names)), "")
+
+
+def part_of(name: str) -> str:
+    """train, test or val, whichever word the name holds first, or ""."""
+    words = re.split("[^a-z]+", name.lower())
+    return next((part for word in words for part in PARTS if word in PARTS[part]), "")
+
+
+def choose_split(source: str, splits: dict, split: str, part: str) -> str:
+    """The one of `splits` that is called `split`, or if none is asked for, is or must be `part`."""
+    if not splits:
+        raise ValueError(f"{source}: holds no .parquet and no .jsonl; a data set whose rows or "
+                         "images are packed in .zip or .tar files has to be unpacked first")
+    want = split or part
+    if want in splits:
+        return want
+    fits = [name for name in splits if part_of(name) and part_of(name) == part_of(want)]
+    fits = fits or (list(splits) if not split else [])
+    if len(fits) != 1:
+        names = ", ".join(name or "one without a name" for name in splits)
+        raise ValueError(f"{source}: has no one split {want!r}, but {names}; name one of these "
+                         "after a colon, as in owner/name:train")
+    return fits[0]
+
+
+# --------------------------------------------------------------------------- rows that can be used
+
+
+def checked(rows: Rows, files: list[Path], whole: bool) -> dict[int, str]:
+    """{place in rows: what is wrong} of those that cannot be used.
+
+    What was found of a whole set is remembered by paths, sizes and times of its files and pictures,
+    and by the code that checks; then only the rows that were bad are looked at again.
     """
-    split, n, kinds, options = parse_world(source, part)
-    scenes, images = draw_world(split, n if limit is None else min(n, limit), options)
-    examples = []
-    for i, (scene, image) in enumerate(zip(scenes, images)):
-        rng = np.random.default_rng([options["seed"], i])
-        for kind in rng.permutation(kinds).tolist():
-            try:
-                asked = world.ask(scene, kind, rng)
-            except ValueError:  # "relation", and no object that can be told from the others
-                continue
-            row = f"world:{split}#{i}"
-            extra = {"scene": scene, "program": asked["program"]}
-            answer = str(asked["answer"])
-            examples.append(Example(asked["question"], answer, (image,), kind, row, extra))
-            break
-    return examples
+    if len(rows) < FEW:
+        return check(rows, range(len(rows)))[0]
+    code = [Path(m.__file__).read_bytes() for m in (example, pictures, rewards, shards)]
+    name = digest(file_stamps(files), str(rows.base), PIL.__version__, *code)
+    told = shards.CACHE / f"{name}.json"
+    with alone(name):
+        known = json.loads(told.read_bytes()) if told.is_file() else None
+        if known and known["stamp"] != digest(file_stamps(known["images"])):
+            known = None
+        todo = range(len(rows)) if known is None else [i for i in known["bad"] if i < len(rows)]
+        bad, paths = check(rows, todo)
+        if whole and (known is None or len(bad) < len(todo)):
+            paths = sorted(paths.union(known["images"] if known else ()))
+            found = {"bad": list(bad), "images": paths, "stamp": digest(file_stamps(paths))}
+            told.with_suffix(".new").write_text(json.dumps(found), encoding="utf-8")
+            told.with_suffix(".new").replace(told)
+    return bad
 
 
-def parse_world(source: str, part: str) -> tuple[str, int, tuple[str, ...], dict]:
-    """Split, n, kinds of question and options of make_scenes. "world:A,n=500,seed=7" and
-    "world:A:n=500:seed=7" are the same; the second also fits where a comma ends a list item."""
-    split, *words = re.split("[,:]", source.removeprefix("world:"))
-    options = {"n": 1000, "ask": ("attribute" if split == "B" else "count",), "seed": 0}
-    options |= {"part": part, "objects": (3, 10), "size": (112, 112), "look": None, "shapes": None}
-    keys = [word.partition("=")[0] for word in words]
-    for key, equals, value in (word.partition("=") for word in words):
-        if keys.count(key) > 1:
-            raise ValueError(f"{source}: {key} is given twice")
-        if key not in options:
-            raise ValueError(f"{source}: no option {key!r}{nearest(key, options)}")
+def check(rows: Rows, todo: Sequence[int]) -> tuple[dict[int, str], set[str]]:
+    """Reads rows and decodes their images: {row: what is wrong}, and the files of good images."""
+
+    def look(i: int):
         try:
-            options[key] = READ.get(key, str)(value)
+            found = rows[i].images
+        except ValueError as error:  # names the row
+            return str(error)
+        try:
+            for image in found:
+                open_image(image)
         except ValueError as error:
-            raise ValueError(f"{source}: cannot read {key}{equals}{value}") from error
-    for kind in options["ask"]:
-        if kind not in world.ASK:
-            raise ValueError(f"{source}: no question {kind!r}{nearest(kind, world.ASK)}")
-    if options["n"] < 1 or len(options["objects"]) != 2 or len(options["size"]) != 2:
-        raise ValueError(f"{source}: expected n of 1 or more, objects=3-10, size=112x112")
-    check_size(source, *options["size"])
-    return split, options.pop("n"), options.pop("ask"), options
+            return f"{rows.name(i)}: {error}"
+        return [image for image in found if isinstance(image, str)]
 
-
-def draw_world(split: str, n: int, options: dict) -> tuple[list[dict], np.ndarray]:
-    """n scenes and their pictures (n, H, W, 3) uint8, mapped from a file that is drawn if missing.
-
-    The file is named by a hash of the options, world.py and draw.py: a changed world is drawn anew.
-    It is written in a temporary folder, so that it is whole where it is, and two runs do not
-    collide.
-    """
-    said = [json.dumps([split, n, sorted(options.items())]).encode()]
-    said += [Path(module.__file__).read_bytes() for module in (world, world.draw)]
-    name = hashlib.sha256(b"\0".join(said)).hexdigest()[:16]
-    path, told = CACHE / f"{name}.npy", CACHE / f"{name}.json"
-    if not path.is_file():
-        world.make_scenes(0, split, **options)  # a wrong option is told before any process starts
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=CACHE) as folder:
-            new, text = Path(folder, path.name), Path(folder, told.name)
-            shape = (n, options["size"][1], options["size"][0], 3)
-            images, scenes = np.lib.format.open_memmap(new, "w+", np.uint8, shape), []
-            for some, pictures in drawn(split, n, options):
-                images[len(scenes) : len(scenes) + len(some)] = pictures
-                scenes += some
-            images.flush()
-            text.write_text(json.dumps(scenes), encoding="utf-8")
-            text.replace(told)
-            new.replace(path)  # last, since it is what is looked for
-    return json.loads(told.read_bytes()), np.asarray(np.load(path, mmap_mode="r"))
-
-
-def drawn(split: str, n: int, options: dict):
-    """Chunks of draw_chunk in order: from this process if n is small, else from worker processes
-    (spawned: a fork after torch has run threads hangs)."""
-    draw, starts = partial(draw_chunk, split, n, options), range(0, n, CHUNK)
-    workers = os.cpu_count() or 1
-    if n < FEW or workers == 1:
-        yield from map(draw, starts)
-        return
-    with ProcessPoolExecutor(min(8, workers), multiprocessing.get_context("spawn")) as pool:
-        chunks, title = pool.map(draw, starts), f"draw world {split}"
-        yield from tqdm(chunks, title, len(starts), unit="scene", unit_scale=CHUNK, leave=False)
-
-
-def draw_chunk(split: str, n: int, options: dict, start: int) -> tuple[list[dict], np.ndarray]:
-    """Scenes start ... start + CHUNK - 1 of the n, and their pictures (CHUNK, H, W, 3) uint8."""
-    scenes = world.make_scenes(min(CHUNK, n - start), split, **options, start=start)
-    return scenes, world.render(scenes, options["size"])
+    bad, paths, some = {}, set(), 256  # rows at a time, so that few results wait in memory
+    bar = tqdm(total=len(todo), desc="check rows", unit="row", disable=len(todo) < 1000)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, bar:  # decoders release the GIL
+        for start in range(0, len(todo), some):
+            part = todo[start : start + some]
+            for i, found in zip(part, pool.map(look, part)):
+                if isinstance(found, str):
+                    bad[i] = found
+                else:
+                    paths.update(found)
+            bar.update(len(part))
+    return bad, paths

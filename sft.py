@@ -1,48 +1,100 @@
 """Supervised fine-tuning: a model learns given completions. Cold starts, and the baseline of RL.
 
-The loss is the mean of -log p over the tokens of the completions (the end token included) of the
-whole optimizer step; prompts are read, not learnt. It runs through the same packed forward as GRPO
-(rollout.score), with one completion per prompt and temperature 1.
+    python sft.py recipes/sft_clevr_r1.toml              # R1-V's settings
+    python sft.py --model tiny --data d/sft --steps 50   # rows that distill.py packed
 
-tiny.py teaches the tiny checkpoint with it, controls.py draws the supervised baselines.
+A row is image, problem, thinking and solution (MMInstruction/Clevr_CoGenT_TrainA_R1), or a chat.
+The loss is the mean of -log p over the tokens that are learnt in the whole optimizer step, over all
+processes. Learnt are the completions, end of turn included, and prompts only read; with mask="all"
+prompts are learnt too, all but the image tokens. That is what R1-V's own baseline does
+(src/r1-v/src/open_r1/sft.py, collate_fn); it also learns an opened next turn, which ours does not.
+
+Tokens are packed, never padded: completions of a step run beside their prompts as in GRPO
+(rollout.score), with one completion each.
+
+Letters: B rows, S tokens of all rows, T tokens of a completion.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from config import opt
-from data import Processor
-from model import Qwen2VL
+import journal
+import parallel
+import report
+from ahead import Ahead
+from config import opt, parse
+from data import Processor, Prompt, collate
+from evaluate import evaluate_all, load_evals, print_summary
+from example import Example
+from journal import Seconds
+from model import Layout, Qwen2VL
 from optim import apply_gradients, draw_rows, make_optimizers, schedule, set_lr
-from rollout import as_rollout, score
+from rewards import load_rewards
+from rollout import as_rollout, score, token_logp
+from rows import load_examples
 
 
 @dataclass(frozen=True)
 class Config:
-    """Keys of a supervised stage."""
+    """Every key of a supervised run."""
 
-    steps: int = opt(100, "optimizer steps", least=1)
-    batch: int = opt(32, "rows per step", least=1)
-    micro: int = opt(32, "rows per forward and backward", least=1)
+    model: str = opt("tiny", "checkpoint to start from: folder, run, or hub id")
+    data: str = opt("", "rows to learn: file, folder or hub id, see rows.py")
+    images: str | None = opt(None, "folder of the images; default: beside the data")
+    bad_rows: str = opt("refuse", "or skip: leave them out", choices=("refuse", "skip"))
+    template: str = opt("r1v", "prompt template by name, or a text that holds {Question}")
+    system: str | None = opt(None, "system prompt; default: the template's")
+    min_pixels: int | None = opt(None, "pixels of an image at least; default: the checkpoint's")
+    max_pixels: int | None = opt(None, "pixels of an image at most; default: the checkpoint's")
+    max_length: int | None = opt(None, "refuse rows of more tokens, at the start")
+    workers: int = opt(0, "processes that prepare the next step's prompts; 0: none", least=0)
+    mask: str = opt("completion", "tokens that are learnt; all: prompts too, but no image tokens",
+                    choices=("completion", "all"))
+    out: str = opt("runs/sft", "folder of the run")
+    note: str = opt("", "a word to the reader of the report, at its head")
+    seed: int = opt(0, "fixes the order of the rows", least=0)
+
+    steps: int | None = opt(None, "optimizer steps; default: as many as the epochs take", least=1)
+    epochs: float = opt(1.0, "times that every row is seen, where steps is not given", above=0)
+    batch: int = opt(16, "rows per step, over all processes", least=1)
+    micro: int = opt(4, "rows per forward and backward", least=1)
     optimizer: str = opt("adamw", "as in grpo.py", choices=("adamw", "muon"))
     lr: float = opt(2e-5, "step size", above=0)
     weight_decay: float = opt(0.0, "decoupled weight decay", least=0)
     schedule: str = opt("cosine", "as in grpo.py", choices=("constant", "linear", "cosine"))
-    warmup: int = opt(0, "steps over which the step size rises from 0", least=0)
+    warmup: float = opt(0, "steps over which the step size rises from 0; below 1: share of all",
+                        least=0)
     max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm", above=0)
-    seed: int = opt(0, "fixes the order of the rows", least=0)
+    bf16: bool = opt(False, "compute in bfloat16; weights and optimizer stay float32")
+
+    held_out: str | None = opt(None, "rows whose loss is measured, never learnt")
+    evals: tuple[str, ...] = opt((), "NAME=SOURCE, answered greedily and scored before and after")
+    max_new: int = opt(256, "tokens of an answer in these at most", least=1)
+    probes: int = opt(6, "questions of the first eval that the report follows", least=0)
+    eval_every: int = opt(100, "steps between held-out losses and probes", least=1)
+    save_every: int = opt(500, "steps between checkpoints", least=1)
 
 
-def sft_loss(model: Qwen2VL, processor: Processor, rows: list, tokens: int):
-    """Sum of -log p over the target tokens of `rows`, divided by `tokens`, those of the whole step.
+# ---------------------------------------------------------------------------------------- the loss
 
-    rows: pairs of an Example and the text to learn; the end token is added.
-    """
-    prompts = [processor.prompt(example) for example, _ in rows]
-    targets = [[target_ids(processor, text)] for _, text in rows]
-    logp, _ = score(model, as_rollout(prompts, targets, model.device))
-    return -logp.sum() / tokens
+
+def completion_of(example: Example) -> str:
+    """The text to learn: the row's own completion (a chat, or a solution with its thoughts) letter
+    by letter, else thinking, a blank line and solution, as R1-V joins them, else the solution."""
+    thinking = example.extra.get("thinking")
+    joined = f"{thinking}\n\n{example.solution}" if thinking else example.solution
+    return example.extra.get("completion") or joined
+
+
+def taught(example: Example, text: str) -> Example:
+    """The example with `text` as the completion to learn."""
+    return replace(example, extra={**example.extra, "completion": text})
 
 
 def target_ids(processor: Processor, text: str) -> list[int]:
@@ -50,22 +102,186 @@ def target_ids(processor: Processor, text: str) -> list[int]:
     return [*processor.encode(text), processor.stop_ids[0]]
 
 
-def fit(model: Qwen2VL, processor: Processor, rows: list, cfg: Config, title="sft") -> list[float]:
-    """Train on (Example, text) rows in the order of cfg.seed; returns the loss of each step."""
-    optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
-    losses = []
-    for step in tqdm(range(1, cfg.steps + 1), desc=title, unit="step", leave=False):
-        set_lr(optimizers, cfg.lr * schedule(step, cfg.steps, cfg.warmup, cfg.schedule))
-        at = draw_rows(len(rows), cfg.seed, (step - 1) * cfg.batch, cfg.batch)
-        some = [rows[i] for i in at]
-        tokens = sum(len(target_ids(processor, text)) for _, text in some)
-        total = 0.0
-        for i in range(0, cfg.batch, cfg.micro):
-            loss = sft_loss(model, processor, some[i : i + cfg.micro], tokens)
+def learnt_tokens(prompt: Prompt, target: list[int], mask: str) -> int:
+    """How many tokens of a row the loss counts; the first of a prompt is predicted by nothing."""
+    return len(target) + (len(prompt.ids) - 1 - len(prompt.image_at)) * (mask == "all")
+
+
+def sft_loss(model: Qwen2VL, prompts: list[Prompt], targets: list[list[int]], tokens: int,
+             mask: str = "completion") -> Tensor:
+    """Sum of -log p over the learnt tokens of some rows, divided by `tokens`, those of the step."""
+    if mask == "all":
+        return -text_logp(model, prompts, targets).sum() / tokens
+    rollout = as_rollout(prompts, [[ids] for ids in targets], model.device)
+    return -score(model, rollout)[0].sum() / tokens
+
+
+def text_logp(model: Qwen2VL, prompts: list[Prompt], targets: list[list[int]]) -> Tensor:
+    """Log-probs of all text tokens of prompts and targets but each row's first, packed."""
+    whole = []
+    for p, ids in zip(prompts, targets):
+        after = (p.next_position + torch.arange(len(ids))).expand(3, -1)
+        whole.append(replace(p, ids=torch.cat((p.ids, torch.tensor(ids))),
+                             positions=torch.cat((p.positions, after), 1)))
+    batch = collate(whole).to(model.device)
+    features = model.visual(batch.patches, batch.grid) if len(batch.grid) else None
+    layout = Layout(batch.lengths, device=model.device)
+    hidden = model(batch.ids, batch.positions, layout, features, batch.image_at)  # (S, D)
+    learnt = torch.ones_like(batch.ids, dtype=torch.bool)
+    learnt[batch.image_at] = False
+    learnt[layout.prompt_lengths.cumsum(0) - layout.prompt_lengths] = False
+    at = learnt.nonzero()[:, 0]
+    none = torch.empty(0, dtype=torch.int64, device=model.device)
+    return token_logp(hidden[at - 1], model.head, batch.ids[at], 1.0, none)[0]
+
+
+# ---------------------------------------------------------------------------------------- the steps
+
+
+def step_loss(model, processor, prompts: list[Prompt], cfg: Config, learn: bool) -> float:
+    """Loss of the rows of all processes together; with `learn` its gradient is left in the model,
+    summed over processes, whatever `micro` is."""
+    targets = [target_ids(processor, completion_of(p.example)) for p in prompts]
+    counts = [learnt_tokens(p, ids, cfg.mask) for p, ids in zip(prompts, targets)]
+    tokens = int(parallel.total(torch.tensor(sum(counts), device=model.device)))
+    found = torch.zeros((), dtype=torch.float64, device=model.device)
+    for i in range(0, len(prompts), cfg.micro):
+        some = slice(i, i + cfg.micro)
+        with torch.set_grad_enabled(learn):
+            loss = sft_loss(model, prompts[some], targets[some], tokens, cfg.mask)
+        if learn:
             loss.backward()
-            total += float(loss.detach())
-        if apply_gradients(model, optimizers, cfg.max_grad_norm, total) is None:
-            raise ValueError(f"{title}, step {step}: loss or gradient is not finite; "
-                             "try a smaller lr")
-        losses.append(total)
-    return losses
+        found += loss.detach()
+    if learn:
+        parallel.sum_gradients(model)
+    return float(parallel.total(found))
+
+
+def fit(model, processor, examples: Sequence[Example], cfg: Config, title="sft") -> Iterator[dict]:
+    """Learns the examples in the order of cfg.seed; yields a row of metrics after each step.
+
+    A step whose loss or gradient is not finite is skipped; ValueError after five in a row.
+    """
+    steps = number_of_steps(cfg, len(examples))
+    warmup = round(cfg.warmup * steps) if cfg.warmup < 1 else int(cfg.warmup)
+    optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
+    ahead, bad = Ahead(processor, examples, workers=cfg.workers), 0
+    first, count = parallel.share(cfg.batch)
+    half = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=cfg.bf16)
+    bar = tqdm(range(1, steps + 1), title, unit="step", leave=False, disable=parallel.rank() > 0)
+    for step in bar:
+        set_lr(optimizers, lr := cfg.lr * schedule(step, steps, warmup, cfg.schedule))
+        now, then = (draw_rows(len(examples), cfg.seed, s * cfg.batch + first, count)
+                     for s in (step - 1, step))  # fmt: skip
+        with half():
+            nll = step_loss(model, processor, ahead(now, expected=then), cfg, learn=True)
+        norm = apply_gradients(model, optimizers, cfg.max_grad_norm, nll)
+        bar.set_postfix(nll=f"{nll:.3f}")
+        bad = bad + 1 if norm is None else 0
+        yield {"step": step, "lr": lr, "nll": nll, "grad_norm": norm, "skipped": int(bad > 0)}
+        if bad == 5:
+            raise ValueError(f"{title}, step {step}: loss or gradient was not finite in five steps "
+                             "in a row, all were skipped; try a smaller lr or max_grad_norm")
+    ahead.close()
+
+
+def number_of_steps(cfg: Config, rows: int) -> int:
+    return cfg.steps or max(1, math.ceil(rows * cfg.epochs / cfg.batch))
+
+
+@torch.no_grad()
+def held_out_loss(model, processor, examples: Sequence[Example], cfg: Config) -> float:
+    """Mean of -log p per learnt token, over all examples and processes."""
+    first, count = parallel.share(len(examples))
+    found = torch.zeros(2, dtype=torch.float64, device=model.device)  # sum, tokens
+    for i in range(first, first + count, cfg.micro):
+        rows = range(i, min(i + cfg.micro, first + count))
+        prompts = [processor.prompt(examples[k]) for k in rows]
+        targets = [target_ids(processor, completion_of(p.example)) for p in prompts]
+        found[0] += sft_loss(model, prompts, targets, 1, cfg.mask)
+        found[1] += sum(learnt_tokens(p, ids, cfg.mask) for p, ids in zip(prompts, targets))
+    total, tokens = parallel.total(found).tolist()
+    return total / tokens
+
+
+# ----------------------------------------------------------------------------------------- the run
+
+
+def setup(cfg: Config, device: str) -> tuple:
+    """All that a run reads, checked before anything is written: processor, rows, held-out rows,
+    evals, model, and the run's folder."""
+    if not cfg.data:
+        raise ValueError("data: which rows? --data d/sft, rows.jsonl, or a hub id "
+                         "(MMInstruction/Clevr_CoGenT_TrainA_R1)")
+    folder = journal.newest_checkpoint(cfg.model)
+    processor = Processor.from_pretrained(folder, cfg.template, cfg.min_pixels, cfg.max_pixels,
+                                          cfg.system)
+    examples = load_examples(cfg.data, cfg.images, "train", bad_rows=cfg.bad_rows)
+    held_out = load_examples(cfg.held_out, cfg.images, "val") if cfg.held_out else ()
+    evals = load_evals(cfg.evals)
+    for example in tqdm(examples, "measure rows", leave=False) if cfg.max_length else ():
+        n = processor.length(example) + len(target_ids(processor, completion_of(example)))
+        if n > cfg.max_length:
+            raise ValueError(f"{example.row}: prompt and completion have {n} tokens, max_length is "
+                             f"{cfg.max_length}; none is cut")
+    model = Qwen2VL.from_pretrained(folder, device=device)
+    out = journal.run_folder(cfg.out, cfg) if parallel.rank() == 0 else None
+    return processor, examples, held_out, evals, model, parallel.gathered(out)[0]
+
+
+def train(cfg: Config) -> dict:
+    """Setup, measure, learn, measure; returns the summary, which is also summary.json."""
+    device, seconds = parallel.start(), Seconds()
+    try:
+        processor, examples, held_out, evals, model, out = setup(cfg, device)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    half = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=cfg.bf16)
+    steps, main_process = number_of_steps(cfg, len(examples)), parallel.rank() == 0
+    probes = [processor.prompt(e) for e in next(iter(evals.values()), examples)[: cfg.probes]]
+    scored = load_rewards(("accuracy", "format"))
+
+    def measure(step: int) -> dict:
+        """Held-out loss; the main process also writes answers to the probes."""
+        with seconds("eval"), half():
+            if main_process:
+                journal.log_probes(out, step, model, processor, probes, scored, cfg.max_new)
+            loss = held_out_loss(model, processor, held_out, cfg) if held_out else None
+        return {} if loss is None else {"held_out_nll": loss}
+
+    with seconds("eval"), half():
+        before = evaluate_all(model, processor, evals, cfg.max_new, out, "before")
+    first = measure(0)
+    try:
+        for row in fit(model, processor, examples, cfg):
+            step = row["step"]
+            if step % cfg.eval_every == 0 or step == steps:
+                row |= measure(step)
+            if main_process:
+                journal.append(out / "metrics.jsonl", {**row, "seconds": seconds.since_start()})
+                if step % cfg.save_every == 0 or step == steps:
+                    journal.save_checkpoint(model, processor, out / f"step_{step:06d}")
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    with seconds("eval"), half():
+        after = evaluate_all(model, processor, evals, cfg.max_new, out, "after")
+    summary = {"before": before, "after": after, "steps": steps, "rows": len(examples),
+               "nll": row["nll"], "held_out_nll": [x.get("held_out_nll") for x in (first, row)],
+               "seed": cfg.seed, "seconds": round(seconds.since_start(), 1),
+               "peak_memory_gb": round(journal.peak_memory_gb(), 3)}  # fmt: skip
+    if main_process:
+        journal.write_json(summary, out / "summary.json")
+        print_summary(summary, out, report.write(out))
+    return summary
+
+
+def main(argv=None) -> dict:
+    cfg = parse(Config, argv, __doc__)
+    try:
+        return train(cfg)
+    finally:
+        parallel.stop()
+
+
+if __name__ == "__main__":
+    main()

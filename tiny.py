@@ -28,15 +28,16 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.trainers import BpeTrainer
 
 import world
+from checkpoint import ModelConfig
 from config import opt, parse
 from data import PREPROCESSOR, Processor
 from eye import WORLDS, train_eye
 from journal import save_checkpoint, write_json
-from model import ModelConfig, Qwen2VL
+from model import Qwen2VL
 from rewards import ANSWER, THINK
 from rows import Example
 from sft import Config as SFTConfig
-from sft import fit
+from sft import fit, taught
 from template import TEMPLATES
 
 
@@ -216,8 +217,10 @@ def build(cfg: Config, work: Path) -> Path:
         save_checkpoint(model, processor, work / f"eye_{look}")
     model.visual.requires_grad_(False)  # the teacher's flaw is in what is said, not in the eye
     rows = instruct_rows(cfg.instruct_steps * 16, cfg.seed, cfg.overlook)
-    stage = SFTConfig(steps=cfg.instruct_steps, optimizer="muon", lr=cfg.instruct_lr, seed=cfg.seed)
-    losses = fit(model, processor, rows, stage, title="instruct")
+    stage = SFTConfig(steps=cfg.instruct_steps, batch=32, micro=32, optimizer="muon",
+                      lr=cfg.instruct_lr, seed=cfg.seed)  # fmt: skip
+    examples = [taught(example, answer) for example, answer in rows]
+    losses = [row["nll"] for row in fit(model, processor, examples, stage, title="instruct")]
     print(f"instruct: loss {losses[0]:.3f} -> {np.mean(losses[-50:]):.3f}")
     save_checkpoint(model, processor, work / "whole")
     return work / "whole"

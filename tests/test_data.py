@@ -10,7 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from tiny_checkpoint import CORPUS, SPECIAL, make_checkpoint, make_tokenizer
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
 )
@@ -159,13 +165,11 @@ def test_an_array_that_needs_no_resizing_is_not_changed_and_not_copied_into(proc
     assert np.array_equal(image, before)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK", "I;16", "I", "YCbCr"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK", "YCbCr"])
 def test_pictures_of_any_mode_equal_transformers(processor, mode):
+    """But for 16 bits, which are scaled where transformers clips them: test_images.py."""
     rng = np.random.default_rng(1)
-    if mode in ("I;16", "I"):
-        values = rng.integers(0, 65536, (61, 83)).astype(np.uint16 if mode == "I;16" else np.int32)
-        image = Image.fromarray(values)
-    elif mode in ("RGBA", "LA"):
+    if mode in ("RGBA", "LA"):
         values = rng.integers(0, 256, (61, 83, len(mode)), dtype=np.uint8)
         image = Image.fromarray(values, mode)
     else:
@@ -242,6 +246,49 @@ def test_positions_of_a_small_example_done_by_hand():
         [0, 1, 2, 2, 2, 3, 3, 3, 5],
         [0, 1, 2, 3, 4, 2, 3, 4, 5],
     ]
+
+
+def video_positions(config, layout, seconds):
+    """transformers' positions of Qwen2.5-VL; videos in tokens, `seconds` of each one's moments."""
+    kinds = [k for p in layout for k in ([0] * p if isinstance(p, int) else [2] * math.prod(p))]
+    grid = torch.tensor([(t, 2 * h, 2 * w) for t, h, w in (p for p in layout if type(p) is tuple)])
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config).model
+    ids, kinds = torch.ones(1, len(kinds), dtype=torch.int64), torch.tensor([kinds])
+    found, _ = model.get_rope_index(
+        ids, kinds, video_grid_thw=grid, second_per_grid_ts=torch.tensor(seconds)
+    )
+    return found[:, 0]
+
+
+@pytest.mark.parametrize(
+    "layout, seconds",
+    [
+        ([3, (2, 4, 6), 7], [1.0]),
+        ([2, (3, 5, 9), 2, (2, 3, 7), 4], [0.5, 2.0]),
+        ([1, (7, 2, 7), 3], [0.4]),  # 7 moments, 0.8 positions each: two share one
+    ],
+)
+def test_time_of_a_qwen2_5_video_goes_by_seconds_as_in_transformers(tmp_path, layout, seconds):
+    """With tokens_per_second 2. Stills and Qwen2-VL's videos count moments."""
+    config = AutoConfig.from_pretrained(make_checkpoint(tmp_path, family="qwen2_5_vl"))
+    config.vision_config.tokens_per_second, left = 2, iter(seconds)
+    timed = [p if isinstance(p, int) else (*p, 2 * next(left)) for p in layout]
+    expected = video_positions(config, layout, seconds)
+    assert torch.equal(mrope_positions(timed), expected)
+    assert not torch.equal(mrope_positions(layout), expected) or 2 * seconds[0] == 1
+
+
+def test_text_after_a_long_video_goes_on_from_its_largest_position(tmp_path):
+    """Moments 0, 5, 10 from position 1; then text from 12. transformers since 5.3 starts the text
+    at 3, inside of the video; the positions of the video itself are the same."""
+    found = mrope_positions([1, (3, 2, 2, 5.0), 2])
+    assert found[0].tolist() == [0, *[1] * 4, *[6] * 4, *[11] * 4, 12, 13]
+    assert found[:, -2:].tolist() == [[12, 13]] * 3
+    config = AutoConfig.from_pretrained(make_checkpoint(tmp_path, family="qwen2_5_vl"))
+    config.vision_config.tokens_per_second = 2
+    expected = video_positions(config, [1, (3, 2, 2), 2], [2.5])
+    assert torch.equal(found[:, :13], expected[:, :13])
 
 
 def test_positions_of_a_whole_prompt_equal_transformers(folder, processor):
@@ -338,6 +385,24 @@ def test_a_prompt_that_is_too_long_is_refused_with_row_and_length_never_cut(proc
     assert len(processor.prompt(example, max_length=length).ids) == length
     with pytest.raises(ValueError, match=rf"world:A#3: the prompt has {length} tokens \(16 of"):
         processor.prompt(example, max_length=length - 1)
+
+
+def test_the_length_of_a_prompt_is_known_without_decoding_a_picture(processor, tmp_path):
+    """Also of a file whose pixels are missing, and of one that EXIF turns."""
+    path, turned = tmp_path / "a.png", tmp_path / "turned.jpg"
+    Image.fromarray(picture(112, 168)).save(path)
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    Image.fromarray(picture(60, 300)).save(turned, exif=tag)
+    whole = [path.read_bytes(), Image.fromarray(picture(56, 84)), *IMAGES, str(turned)]
+    for images in ([], whole[:1], whole):
+        example = Example("How many?", "1", tuple(images), row="r:1")
+        n = len(processor.prompt(example).ids)
+        assert processor.length(example) == processor.length(example, n) == n
+        with pytest.raises(ValueError, match=rf"r:1: the prompt has {n} tokens"):
+            processor.length(example, n - 1)
+    cut = Example("How many?", "1", (whole[0][:200],))
+    assert processor.length(cut) == processor.length(Example("How many?", "1", (whole[0],)))
 
 
 def test_a_damaged_image_is_refused_with_its_row_and_file(processor, tmp_path):

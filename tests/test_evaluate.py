@@ -5,7 +5,12 @@ right and well formed, right only, well formed only, neither, and two answers at
 """
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,13 +19,14 @@ import torch
 from PIL import Image
 from tiny_checkpoint import make_checkpoint
 
-import rows
+import scenes
 from data import Example, Processor, collate
-from evaluate import evaluate, main, summary, template_of, wilson
+from evaluate import evaluate, main, template_of
 from journal import save_checkpoint
 from model import Layout, Qwen2VL
 from rollout import as_rollout, score
 from rows import load_examples
+from scorers import wilson
 
 COLOURS = np.array([[250, 250, 250], [200, 30, 30], [20, 40, 220], [10, 10, 10]], np.uint8)
 
@@ -48,6 +54,7 @@ SAID = [
 EXTRACTED = ["3", "4", "2", None, None]
 ACCURACY, FORMAT = [1, 1, 0, 0, 0], [1, 0, 1, 0, 0]
 NEW = 48
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -71,53 +78,6 @@ def taught(tmp_path_factory):
     return SimpleNamespace(
         model=model, processor=processor, prompts=prompts, folder=folder, ids=ids
     )
-
-
-# --------------------------------------------------------------------------------------- numbers
-
-
-@pytest.mark.parametrize(
-    "k, n, low, high",
-    [
-        (0, 10, 0.0, 0.2775),
-        (5, 10, 0.2366, 0.7634),
-        (10, 10, 0.7225, 1.0),
-        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, Statistics in Medicine 17, table I, method 3
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilson_equals_known_intervals(k, n, low, high):
-    assert wilson(k, n) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_wilson_by_hand():
-    """(p + z^2/2n -+ z sqrt(p(1 - p)/n + z^2/4n^2)) / (1 + z^2/n), p = 1/2, n = 2, z = 2:
-    (1/2 + 1 -+ 2 sqrt(1/8 + 1/4)) / 3."""
-    assert wilson(1, 2, 2.0) == pytest.approx((0.5 - 0.375**0.5 * 2 / 3, 0.5 + 0.375**0.5 * 2 / 3))
-
-
-def test_wilson_stays_between_0_and_1_and_around_the_share():
-    for n in (1, 2, 3, 5, 10, 19, 50, 1000):  # 5, 10 and 19 round to below 0 or above 1
-        for k in range(n + 1):
-            low, high = wilson(k, n)
-            assert 0 <= low <= k / n <= high <= 1 and low < high
-            assert (1 - high, 1 - low) == pytest.approx(wilson(n - k, n), abs=1e-12)
-
-
-def test_summary_by_hand():
-    rows = [(1, 1, "3", 10), (1, 0, "4", 20), (0, 1, "5", 30), (0, 0, None, 40)]
-    results = [
-        {"accuracy": float(a), "format": float(f), "extracted_answer": x, "length": n}
-        for a, f, x, n in rows
-    ]
-    found = summary(results + results[1:2])
-    low, high = wilson(3, 5)
-    assert found == {
-        "accuracy": 3 / 5, "low": low, "high": high, "format": 2 / 5, "unparsable": 1 / 5,
-        "length": 24.0, "n": 5,
-    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -144,6 +104,7 @@ def test_evaluate_says_what_was_asked_answered_and_scored(taught):
         assert row["question"] == {
             "problem": example.problem, "row": f"x:{i + 1}", "task": example.task,
         }  # fmt: skip
+        assert row["is_correct"] is bool(ACCURACY[i])
         assert row["prompt"] == taught.prompts[i].text
         assert row["prompt"].startswith("<|im_start|>system\n")
         assert row["prompt"].endswith("<|im_end|>\n<|im_start|>assistant\n")
@@ -160,6 +121,7 @@ def test_evaluate_says_what_was_asked_answered_and_scored(taught):
     assert found["accuracy"] == found["format"] == found["unparsable"] == 2 / 5
     assert (found["low"], found["high"]) == wilson(2, 5)
     assert found["length"] == sum(map(len, taught.ids)) / 5
+    assert found["parsed"] == 2 / 3 and found["correct"] == 2
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 64])
@@ -278,7 +240,7 @@ def test_image_files_of_other_sizes_and_modes_are_read_as_they_look(taught, tmp_
 
 
 def test_a_world_is_asked_about_its_held_out_scenes(taught, tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "CACHE", tmp_path)
+    monkeypatch.setattr(scenes, "CACHE", tmp_path)
     source = "world:A:n=8:size=56x56"
     found = main(["--model", str(taught.folder), "--data", source, "--max_new", "1"])
     golds = {
@@ -342,3 +304,267 @@ def test_where_there_is_no_run_a_model_must_be_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=r"error: model runs: neither a checkpoint"):
         main(["--data", "world:A:n=2"])
+
+
+def test_the_scorer_says_what_is_right(taught, tmp_path):
+    found = {name: evaluate(taught.model, taught.processor, EXAMPLES, 5, NEW, scorer=name)
+             for name in ("count", "geoqa", "math", "r1v_format")}  # fmt: skip
+    right = {name: [r["accuracy"] for r in x["results"]] for name, x in found.items()}
+    assert right["count"] == [1, 1, 0, 0, 1]  # R1-V takes the first of two answers
+    assert right["math"] == ACCURACY and right["r1v_format"] == FORMAT
+    assert [r["extracted_answer"] for r in found["count"]["results"]] == [3, 4, 2, None, 8]
+    assert found["geoqa"]["results"][0]["extracted_answer"] == "3"
+    written = run(taught, tmp_path, EXAMPLES, "--scorer", "count")
+    assert written["scorer"] == "count" and written["accuracy"] == 3 / 5
+
+
+def test_pictures_keep_within_the_limits_in_pixels(taught, tmp_path):
+    pads = lambda found: len(found["results"][0]["prompt"].split("image_pad"))  # noqa: E731
+    few = run(taught, tmp_path, EXAMPLES[:1])
+    shutil.rmtree(tmp_path / "pictures")
+    many = run(taught, tmp_path, EXAMPLES[:1], "--min_pixels", str(112 * 112))
+    assert few["results"][0]["logp"] != many["results"][0]["logp"] and pads(few) == pads(many)
+    shutil.rmtree(tmp_path / "pictures")
+    with pytest.raises(SystemExit, match="0 < min_pixels <= max_pixels"):
+        run(taught, tmp_path, EXAMPLES[:1], "--min_pixels", "9000", "--max_pixels", "4000")
+
+
+# -------------------------------------------------------------------- an interrupted evaluation
+
+STOPS = """
+import os
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def mine(text, example):
+    "1 if 3 is in the text. Notes the row, and stops at the one that the file `stop` names."
+    with open(HERE / "asked", "a") as f:
+        f.write(example.row.partition(":")[2] + " ")
+    row, how = (HERE / "stop").read_text().split()
+    if example.row.endswith(f":{row}"):
+        if how == "kill":
+            os.kill(os.getpid(), 9)
+        raise KeyboardInterrupt
+    return float("3" in text)
+"""
+
+
+class Stopped:
+    """The command on EXAMPLES, one question a batch, with a scorer that can stop it at a row."""
+
+    def __init__(self, taught, folder):
+        self.folder, self.out = folder, folder / "results" / "out.json"
+        (folder / "mine.py").write_text(STOPS)
+        self.words = ["--model", str(taught.folder), "--data", write_rows(folder, EXAMPLES),
+                      "--images", str(folder / "pictures"), "--out", str(self.out), "--batch", "1",
+                      "--max_new", str(NEW), "--scorer", f"{folder}/mine.py:mine"]  # fmt: skip
+
+    def stop(self, row: str, how: str = "interrupt"):
+        (self.folder / "stop").write_text(f"{row} {how}")
+        (self.folder / "asked").write_text("")
+
+    def asked(self) -> list[int]:
+        return sorted(map(int, (self.folder / "asked").read_text().split()))
+
+    def parts(self) -> list[str]:
+        return sorted(p.name for p in self.out.parent.iterdir())
+
+    def processes(self, n: int, *launcher: str) -> list[int]:
+        """Exit codes of n processes at once, which find each other as torchrun's do."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        several = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        run = [
+            subprocess.Popen([sys.executable, *launcher, "evaluate.py", *self.words], cwd=ROOT,
+                             env=env if n == 1 else {**env, **several, "RANK": str(rank)},
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for rank in range(n)
+        ]  # fmt: skip
+        return [process.wait(120) for process in run]
+
+    def check(self, taught):
+        """The results are those of an evaluation that was never stopped, and all else is gone."""
+        self.stop("none")
+        whole = evaluate(taught.model, taught.processor, EXAMPLES, 1, NEW, scorer=self.words[-1])
+        found = json.loads(self.out.read_text())
+        assert [r["question"]["row"] for r in found["results"]] == [
+            f"rows.jsonl:{i}" for i in range(1, 6)
+        ]
+        for a, b in zip(found["results"], whole["results"], strict=True):
+            assert a.pop("logp") == pytest.approx(b.pop("logp"), abs=1e-3)
+            assert {**a, "question": 0} == {**b, "question": 0}
+        assert {k: found[k] for k in whole if k != "results"} == {
+            k: v for k, v in whole.items() if k != "results"
+        }
+        assert self.parts() == ["out.json"]
+
+
+@pytest.fixture
+def stopped(taught, tmp_path):
+    return Stopped(taught, tmp_path)
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(taught, stopped):
+    stopped.stop("4", "kill")
+    assert stopped.processes(1) == [-9] and stopped.parts() == ["out.json.part0"]
+    stopped.stop("none")
+    main(stopped.words)
+    assert stopped.asked() == [4, 5]
+    stopped.check(taught)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_half_way_are_finished_by_one(taught, stopped):
+    """Rows 1 and 2 are the first process's, 3 to 5 the second's, which dies at 4."""
+    stopped.stop("4", "kill")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    assert stopped.processes(1, *launcher) != [0] and not stopped.out.exists()
+    assert "out.json.part1" in stopped.parts() and 3 in stopped.asked()
+    stopped.stop("none")
+    main(stopped.words)
+    assert {4, 5} <= set(stopped.asked()) <= {1, 2, 4, 5}
+    stopped.check(taught)
+
+
+def test_one_process_stopped_half_way_is_finished_by_two(taught, stopped):
+    stopped.stop("3")
+    with pytest.raises(KeyboardInterrupt):
+        main(stopped.words)
+    assert stopped.parts() == ["out.json.part0"] and stopped.asked() == [1, 2, 3]
+    stopped.stop("none")
+    assert stopped.processes(2) == [0, 0]
+    assert stopped.asked() == [3, 4, 5]
+    stopped.check(taught)
+
+
+def test_a_line_that_a_kill_cut_short_is_asked_again(taught, stopped):
+    stopped.stop("4")
+    with pytest.raises(KeyboardInterrupt):
+        main(stopped.words)
+    part = stopped.out.parent / "out.json.part0"
+    (part.parent / "out.json.part7").write_bytes(part.read_bytes()[:-20])  # of another process
+    part.unlink()
+    stopped.stop("5")
+    with pytest.raises(KeyboardInterrupt):
+        main(stopped.words)
+    assert stopped.asked() == [3, 4, 5]
+    stopped.stop("none")
+    main(stopped.words)
+    assert stopped.asked() == [5]
+    stopped.check(taught)
+
+
+def test_where_all_is_answered_only_the_results_are_written(taught, stopped):
+    stopped.stop("5")
+    with pytest.raises(KeyboardInterrupt):
+        main([*stopped.words, "--limit", "5"])
+    part = stopped.out.parent / "out.json.part0"
+    kept = part.read_bytes()
+    stopped.stop("none")
+    main([*stopped.words, "--limit", "5"])
+    last = json.loads(stopped.out.read_text())["results"][-1]
+    part.write_bytes(kept + json.dumps({"i": 4, "row": last}).encode() + b"\n")
+    stopped.stop("none")
+    main([*stopped.words, "--limit", "5"])
+    assert stopped.asked() == []
+    stopped.check(taught)
+
+
+def test_answers_of_another_evaluation_are_refused_and_kept(taught, stopped, tmp_path):
+    stopped.stop("3")
+    with pytest.raises(KeyboardInterrupt):
+        main(stopped.words)
+    part = stopped.out.parent / "out.json.part0"
+    kept = part.read_bytes()
+    (tmp_path / "other.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
+    copy = tmp_path / "model"
+    shutil.copytree(taught.folder, copy)
+    place = {key: stopped.words.index(f"--{key}") + 1 for key in ("data", "max_new", "model")}
+    place["scorer"] = len(stopped.words) - 1
+    changes = {
+        "data": (place["data"], str(tmp_path / "other.jsonl")),
+        "max_new": (place["max_new"], "40"), "scorer": (place["scorer"], "accuracy"),
+        "model": (place["model"], str(copy)),
+    }  # fmt: skip
+    (copy / "model.safetensors").touch()
+    for named, (at, word) in changes.items():
+        words = [*stopped.words]
+        words[at] = word
+        with pytest.raises(SystemExit, match=rf"part0: .*another {named}.*Remove it, or give"):
+            main(words)
+    for more in (["--template", "direct"], ["--limit", "4"], ["--seed", "1"],
+                 ["--max_pixels", "20000"]):  # fmt: skip
+        with pytest.raises(SystemExit, match="answers of another evaluation"):
+            main([*stopped.words, *more])
+    (tmp_path / "mine.py").write_text(STOPS + "\n# changed")
+    with pytest.raises(SystemExit, match="another scorer"):
+        main(stopped.words)
+    assert part.read_bytes() == kept and stopped.parts() == ["out.json.part0"]
+
+
+def test_rows_that_changed_below_the_same_name_are_refused(stopped, tmp_path):
+    stopped.stop("3")
+    with pytest.raises(KeyboardInterrupt):
+        main(stopped.words)
+    text = (tmp_path / "rows.jsonl").read_text().replace("Which?", "What?")
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(SystemExit, match=r"another evaluation.*another data"):
+        main(stopped.words)
+
+
+def test_a_damaged_file_and_a_folder_in_the_way_are_named(stopped):
+    stopped.out.parent.mkdir()
+    part = stopped.out.parent / "out.json.part3"
+    for text in ("x\n", "[1]\n", "{}\n", '{"about": {}}\n{"i": 1}\n', "\0\0\n"):
+        part.write_text(text)
+        with pytest.raises(SystemExit, match=r"out.json.part3: is damaged .*remove it"):
+            main(stopped.words)
+    part.unlink()
+    stopped.out.mkdir()
+    with pytest.raises(SystemExit, match=r"out.json: is a folder"):
+        main(stopped.words)
+
+
+# ------------------------------------------------------------------------------ saved results
+
+
+def test_a_results_file_is_scored_anew_without_a_model(taught, tmp_path, capsys):
+    run(taught, tmp_path, EXAMPLES)
+    out, new = tmp_path / "results" / "out.json", tmp_path / "new" / "count.json"
+    capsys.readouterr()
+    main(["--rescore", str(out), "--scorer", "count", "--out", str(new)])
+    *_, said, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == {"accuracy": 60.0, "n": 5, "correct": 3, "unparsable": 1}
+    assert "accuracy 0.600 (" in said and "scorer count" in said
+    found = json.loads(new.read_text())
+    assert found["accuracy"] == 3 / 5 and found["scorer"] == "count"
+    assert found["length"] == sum(map(len, taught.ids)) / 5
+    main(["--rescore", str(new)])
+    again = capsys.readouterr().out.splitlines()
+    assert json.loads(again[-1]) == {"accuracy": 40.0, "n": 5, "correct": 2, "unparsable": 2}
+
+
+def test_the_percentage_is_r1v_s_to_the_last_digit(tmp_path, capsys):
+    """292 of 754, its GeoQA result of a 7B after two epochs: 38.726790450928384 in its log."""
+    rows = [{"question": {}, "ground_truth": 1, "model_output": f"<answer>{int(i < 292)}</answer>"}
+            for i in range(754)]  # fmt: skip
+    (tmp_path / "log.json").write_text(json.dumps({"accuracy": 0, "results": rows}))
+    main(["--rescore", str(tmp_path / "log.json"), "--scorer", "count"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(last)["accuracy"] == 38.726790450928384
+
+
+def test_keys_that_would_do_nothing_beside_rescore_are_refused(tmp_path, capsys):
+    for words in (["--model", "x"], ["--limit", "3"], ["--bf16"], ["--temperature", "1"]):
+        with pytest.raises(SystemExit):
+            main(["--rescore", "x.json", *words])
+        assert f"{words[0][2:]}: would do nothing with --rescore" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"error: .*nowhere\.json"):
+        main(["--rescore", str(tmp_path / "nowhere.json")])
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"error: .*a.json: not a results file"):
+        main(["--rescore", str(tmp_path / "a.json")])

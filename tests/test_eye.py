@@ -9,8 +9,9 @@ import torch
 
 import eye
 import world
+from checkpoint import ModelConfig
 from data import Processor
-from model import ModelConfig, Qwen2VL
+from model import Qwen2VL
 
 TINY = Path(__file__).parent.parent / "tiny"
 

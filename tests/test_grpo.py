@@ -21,6 +21,8 @@ from tiny_checkpoint import make_checkpoint, picture
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 
+from ahead import Ahead
+from checkpoint import hub_name
 from config import parse, validate
 from data import Processor
 from grpo import (
@@ -40,7 +42,7 @@ from grpo import (
     train,
     update,
 )
-from model import Qwen2VL, hub_name
+from model import Qwen2VL
 from optim import draw_rows, make_optimizers
 from rewards import load_rewards
 from rollout import Rollout, as_rollout, score
@@ -700,7 +702,8 @@ MIXED = [Example(f"Question {i}?", "1", task="dull" if i % 3 == 1 else "") for i
 
 def batch_of(qwen, processor, examples, drawn=0, **changes):
     cfg = keys(prompts=6, **changes)
-    return sample_batch(qwen, processor, examples, [("half_dull", half_dull, 1.0)], drawn, cfg)
+    ahead = Ahead(processor, examples)
+    return sample_batch(qwen, ahead, [("half_dull", half_dull, 1.0)], drawn, cfg)
 
 
 def is_dull(rollout: Rollout) -> list[bool]:
@@ -719,7 +722,8 @@ def test_prompts_come_in_the_order_of_the_data(qwen, processor):
 def test_a_row_gets_other_samples_each_time_and_with_each_seed(qwen, processor):
     """One row, so that its order says nothing: epoch 1, epoch 2, and epoch 1 of another seed."""
     def texts(drawn, seed=0):
-        return sample_groups(qwen, processor, MIXED[:1], drawn, 1, keys(seed=seed)).texts[0]
+        ahead = Ahead(processor, MIXED[:1])
+        return sample_groups(qwen, ahead, drawn, 1, keys(seed=seed)).texts[0]
 
     assert texts(0) == texts(0)
     assert not set(texts(0)) & set(texts(1))
@@ -730,7 +734,7 @@ def test_a_row_gets_other_samples_each_time_and_with_each_seed(qwen, processor):
 def test_a_prompt_that_is_too_long_is_refused_with_its_row(qwen, processor):
     examples = [Example("many words " * 50, "1", row="train.jsonl:7")]
     with pytest.raises(ValueError, match=r"train\.jsonl:7: the prompt has .* at most 60"):
-        sample_groups(qwen, processor, examples, 0, 1, keys(max_prompt=60))
+        sample_groups(qwen, Ahead(processor, examples, max_prompt=60), 0, 1, keys())
 
 
 def test_dynamic_sampling_replaces_groups_without_signal_and_keeps_the_others(qwen, processor):
@@ -740,7 +744,7 @@ def test_dynamic_sampling_replaces_groups_without_signal_and_keeps_the_others(qw
     assert 0 < len(dull) < 6
     found, table, drawn = batch_of(qwen, processor, MIXED, dynamic_sampling=1)
     at = draw_rows(12, seed=0, start=6, count=len(dull))
-    fresh = sample_groups(qwen, processor, MIXED, 6, len(dull), keys())
+    fresh = sample_groups(qwen, Ahead(processor, MIXED), 6, len(dull), keys())
     assert drawn == 6 + len(dull)
     assert [found.prompts[b].example for b in dull] == [MIXED[i] for i in at]
     for b in range(6):
@@ -805,9 +809,9 @@ def learn(folder, processor, reward_file, weight=1.0, steps=25, **changes) -> li
     policy = Qwen2VL.from_pretrained(folder)
     reference = Qwen2VL.from_pretrained(folder) if cfg.beta else None
     optimizers = make_optimizers(policy, cfg.optimizer, 3e-3)
-    means, drawn = [], 0
+    ahead, means, drawn = Ahead(processor, EXAMPLES), [], 0
     for _ in range(steps):
-        rollout, table, drawn = sample_batch(policy, processor, EXAMPLES, rewards, drawn, cfg)
+        rollout, table, drawn = sample_batch(policy, ahead, rewards, drawn, cfg)
         adv = group_advantages(total_reward(table, rewards), cfg.advantage)
         update(policy, reference, optimizers, rollout, adv, processor.banned_ids, cfg)
         means.append(float(table.nanmean()))
@@ -908,6 +912,28 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
 def without_times(row: dict) -> dict:
     timed = ("seconds", "time/", "completions_per_second")
     return {k: v for k, v in row.items() if not k.startswith(timed)}
+
+
+def test_workers_that_prepare_prompts_change_nothing(finished, run_keys, tmp_path):
+    """Also where dynamic sampling asks for other prompts than were expected."""
+    out, _ = finished
+    for name, changes in [("a", {}), ("b", {"dynamic_sampling": 2})]:
+        runs = [out] if name == "a" else []
+        for workers in (0, 2)[len(runs) :]:
+            runs.append(tmp_path / f"{name}{workers}")
+            train(Config(**{**run_keys, **changes, "workers": workers}, out=str(runs[-1])))
+        first, second = ([without_times(r) for r in lines_of(x / "metrics.jsonl")] for x in runs)
+        assert first == second
+
+
+def test_template_system_prompt_and_pixels_of_a_run_reach_its_prompts(run_keys, tmp_path):
+    changes = {"template": "{Question} {Image}!", "system": "Be short.", "max_pixels": 3136}
+    train(Config(**{**run_keys, **changes, "steps": 1}, out=str(tmp_path / "run")))
+    (prompt, *_) = [row["prompt"] for row in lines_of(tmp_path / "run" / "rollouts.jsonl")]
+    assert "<|im_start|>system\nBe short.<|im_end|>" in prompt
+    assert prompt.endswith("<|vision_end|>!<|im_end|>\n<|im_start|>assistant\n")
+    saved = Processor.from_pretrained(tmp_path / "run" / "step_000001")
+    assert saved.settings["max_pixels"] == 3136
 
 
 def test_a_run_leaves_its_files(finished, run_keys):
@@ -1074,7 +1100,7 @@ def test_the_defaults_and_several_evals_are_accepted():
     [
         (["--model", "nowhere"], "model nowhere: neither a checkpoint"),
         (["--rewards", "acuracy", "--reward_weights", "1"], "accuracy"),
-        (["--data", "nowhere.jsonl"], "nowhere.jsonl: neither a .jsonl file"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: neither a .jsonl"),
     ],
 )
 def test_main_tells_mistakes_in_one_line_and_leaves_no_folder(argv, told, folder, tmp_path):

@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import math_verify
 import pytest
 
 import rewards
+import verify
 from rewards import ANSWER, REWARDS, THINK, final_answer, gold_answer, load_rewards, same
 
 R1V_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
@@ -21,6 +23,10 @@ def gold(solution):
 
 def accuracy(text, solution="3"):
     return rewards.accuracy(text, gold(solution))
+
+
+def math(text, solution="3"):
+    return rewards.math(text, gold(solution))
 
 
 def form(text):
@@ -108,12 +114,53 @@ def test_the_final_answer_is_the_one_after_the_last_thought(text, answer):
     say("3\0"), say("3\u200b"), say("<answer>3"), say("{3}")])
 def test_a_hack_scores_no_accuracy(text):
     assert accuracy(text) == 0
+    assert math(text) == (text == say("{3}"))           # the set of 3 is 3 to math-verify
 
 
 @pytest.mark.parametrize("text", ["A or B or C", "A, B", "A B C D", "(A)(B)", "A/B", "not A", "A?"])
 def test_an_enumeration_of_choices_scores_for_none_of_them(text):
     """Visual-RFT issue 79."""
     assert [accuracy(say(text), letter) for letter in "ABCD"] == [0, 0, 0, 0]
+    assert [math(say(text), letter) for letter in "ABCD"] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("answer, solution", [
+    ("140", "140°"), ("140°", "140"), (r"140^\circ", "140°"), ("140 degrees", "140°"),
+    ("0.5", r"\frac{1}{2}"), ("1/2", r"\frac{1}{2}"), (r"$\frac{1}{2}$", "0.5"), ("50%", "0.5"),
+    (r"2\sqrt{3}", "2√{3}"), ("2√3", r"$2\sqrt{3}$"), (r"\sqrt{12}", "2√{3}"),
+    ("2√{15}米", "2√{15}"), (r"\(\frac{\sqrt{3}}{2}\)", r"\frac{√{3}}{2}"), (r"\[4\pi\]", "4πcm"),
+    ("π", r"\pi"), ("3cm", "3 m"), ("27", "27cm^{2}"), ("400cm²", "400"), ("5", "5cm^2^"),
+    ("8厘米", "8"), ("x = 3", "3"), (r"\boxed{3}", "3"), ("1/3", "0.333333"), ("3", "3"),
+    ("Red", "red")])
+def test_the_same_formula_scores_in_math(answer, solution):
+    """Golds as GeoQA writes them, and what `accuracy` takes, too."""
+    assert math(say(answer), solution) == 1
+    assert math(say(answer), f"<answer> {solution} </answer>") == 1
+
+
+@pytest.mark.parametrize("answer, solution", [
+    ("2", "2√{3}"), ("2", "2√{15}米"), ("3", "2√{3}"), ("12.56", "4π"), ("0.33", r"\frac{1}{3}"),
+    ("-3", "3"), ("1 2 3", "3"), ("3 and 4", "3"), ("3±1", "4"), (r"\boxed{3}\boxed{4}", "3"),
+    ("3||4", "3"), ("3#4#5", "3"), ("4 3\\", "3"), ("$3$ $4$", "3"), ("x = 3 or x = 4", "3"),
+    ("final answer is: 3", "3"), ("0/0", "3"), (r"\infty", "3"), ("[2, 4]", "3"), ("x", "3"),
+    ("der", "red"), ("3m4", "3"), ("", "3"), ("3", ""), ("3" + " " * 600 + "+ 0", "3")])
+def test_another_formula_does_not_score_in_math(answer, solution):
+    """Not even where math-verify would find the gold as one of several numbers in the answer."""
+    assert math(say(answer), solution) == 0
+
+
+def test_math_takes_the_answer_alone_and_only_one():
+    assert math("<think>= 140°</think>", "140") == math("the answer is 140", "140") == 0
+    assert math("<think>= 140°</think><answer>50</answer>", "140") == 0
+    assert math(say("140°") + "<answer>3</answer>", "140") == 0
+
+
+def test_where_math_verify_is_killed_there_is_no_reward(monkeypatch):
+    endless, tower = "5^(5^(5^5))", "5^{5^{5^5}}"
+    monkeypatch.setattr(verify.JUDGE, "seconds", 0.3)
+    assert math(say(tower)) is None and rewards.r1v_accuracy(endless, gold("3")) is None
+    assert math(say(tower), tower) == rewards.r1v_accuracy(endless, gold(endless)) == 1
+    assert math(say("3.0°")) == 1
 
 
 def test_a_wrong_number_does_not_score_though_no_letter_is_wrong():
@@ -161,25 +208,36 @@ def test_r1v_format_equals_its_regex_on_random_texts():
     assert min(found) > 300                             # both outcomes are met often
 
 
-def test_r1v_accuracy_equals_its_regex_on_random_texts():
+def test_r1v_accuracy_equals_its_code_on_random_texts():
+    """accuracy_reward of its grpo.py: math-verify on the whole, else the strings."""
     def answer(text):
         match = R1V_ANSWER.search(text)
         return match.group(1).strip() if match else text.strip()
-    found = [0, 0]
-    for text, solution in zip(texts(20000), itertools.cycle(["<answer> 3 </answer>", "3", "so"])):
-        wanted = answer(text) == answer(solution)
-        assert rewards.r1v_accuracy(text, gold(solution)) == wanted, text
-        found[wanted] += 1
-    assert min(found) > 300
+    found = {}
+    for text, solution in zip(texts(1500), itertools.cycle(["<answer> 3 </answer>", "3", "so"])):
+        equal = math_verify.verify(math_verify.parse(text), math_verify.parse(solution)) > 0
+        wanted = equal, answer(text) == answer(solution)
+        assert rewards.r1v_accuracy(text, gold(solution)) == any(wanted), text
+        found[wanted] = found.get(wanted, 0) + 1
+    assert len(found) == 4 and min(found.values()) > 10  # all four outcomes are met
 
 
 def test_r1v_takes_the_first_answer_and_else_the_whole_text():
     r1v = rewards.r1v_accuracy
     assert r1v("<answer> 3 </answer><answer>4</answer>", gold("<answer> 3 </answer>")) == 1
     assert r1v(" 3\n", gold("3")) == 1 and r1v("<answer>3.0</answer>", gold("3")) == 0
-    assert r1v("<answer>\n3</answer>", gold("3")) == 0          # its pattern lacks DOTALL
-    assert r1v("<answer>\r3\u2028</answer>", gold("3")) == 1    # but for it only \n ends a line
+    assert r1v("<answer>\nso</answer>", gold("so")) == 0        # its pattern lacks DOTALL
+    assert r1v("<answer>\rso\u2028</answer>", gold("so")) == 1  # but for it only \n ends a line
     assert rewards.r1v_format("<think></think><answer></answer>", gold("3")) == 1
+
+
+def test_r1v_asks_math_verify_about_the_whole_text():
+    """What its rule gives away: a number in the thoughts, the first number of a formula."""
+    r1v = rewards.r1v_accuracy
+    assert r1v("<think>that is 140</think>", gold("<answer> 140° </answer>")) == 1
+    assert r1v("<think>that is 140</think>", gold("<answer>140°</answer>")) == 0    # read: no gold
+    assert r1v("it is 8", gold("8√{3}")) == 1 and r1v(say("0.5"), gold(r"\frac{1}{2}")) == 0
+    assert r1v(say(" 0.5 "), gold(r"\frac{1}{2}")) == 1      # behind a tag it sees no number
 
 
 # ---- any text whatever ----
@@ -206,7 +264,8 @@ def texts(n, seed=0):
 @pytest.mark.parametrize("name", REWARDS)
 def test_no_text_raises_or_leaves_the_range(name):
     solutions = itertools.cycle(["3", "", "<answer>B</answer>"])
-    for text, solution in zip(texts(5000, seed=1), solutions):
+    n = 400 if name in ("math", "r1v_accuracy") else 5000
+    for text, solution in zip(texts(n, seed=1), solutions):
         value = REWARDS[name](text, gold(solution))
         assert type(value) is float and value in (0.0, 1.0)
         assert REWARDS[name](text, gold(text)) in (0.0, 1.0)
@@ -239,11 +298,13 @@ HOSTILE = {
 @pytest.mark.parametrize("name", REWARDS)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_100_000_hostile_characters_take_well_under_a_second(name, case):
-    """R1-V's own patterns take 2 to 5 s on some of these, linear code at most 7 ms."""
+    """R1-V's own patterns take 2 to 5 s on some of these, linear code at most 7 ms; math-verify
+    15 ms on what it is given, and never more than its limit."""
     for solution in ("3", HOSTILE[case]):
-        start = time.process_time()
+        start, wall = time.process_time(), time.monotonic()
         REWARDS[name](HOSTILE[case], gold(solution))
         assert time.process_time() - start < 0.5
+        assert time.monotonic() - wall < verify.SECONDS + 2
 
 
 # ---- the rewards of a run ----
@@ -288,7 +349,7 @@ def test_a_file_may_hold_dataclasses_with_postponed_annotations(tmp_path):
 
 
 @pytest.mark.parametrize("names, weights, message", [
-    ((), (), "rewards: none given; known are accuracy, format"),
+    ((), (), "rewards: none given; known are accuracy, math, format"),
     (("acuracy",), (), "reward acuracy: unknown; did you mean accuracy?"),
     (("mine.py",), (), "reward mine.py: unknown .*your own as path/to/file.py:function"),
     (("accuracy", "accuracy"), (), "a reward called accuracy is there already"),

@@ -4,19 +4,42 @@ Everything runs on a random checkpoint that transformers wrote (tests/tiny_check
 """
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_checkpoint import make_checkpoint, picture
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+)
 
 import sft
+from checkpoint import hub_name
 from data import Processor
-from model import Qwen2VL, hub_name
+from example import Example
+from journal import newest_checkpoint
+from model import Qwen2VL
 from optim import draw_rows
 from rollout import sample
-from rows import Example
-from sft import fit, sft_loss, target_ids
+from sft import (
+    completion_of,
+    fit,
+    held_out_loss,
+    learnt_tokens,
+    number_of_steps,
+    sft_loss,
+    step_loss,
+    target_ids,
+    taught,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +65,27 @@ ROWS = [  # unequal prompts, images and targets; one row without an image
 ]
 
 
-def reference_loss(reference, processor, rows) -> torch.Tensor:
-    """transformers' own loss on a padded batch, labels -100 on prompt and padding."""
-    prompts = [processor.prompt(example) for example, _ in rows]
-    texts = [target_ids(processor, text) for _, text in rows]
+ROWS = [taught(example, text) for example, text in ROWS]
+
+
+def parts(processor, rows) -> tuple[list, list]:
+    """Prompts and target ids."""
+    prompts = [processor.prompt(example) for example in rows]
+    return prompts, [target_ids(processor, completion_of(example)) for example in rows]
+
+
+def loss_of(qwen, processor, rows, tokens, mask="completion"):
+    return sft_loss(qwen, *parts(processor, rows), tokens, mask)
+
+
+def count(processor, rows, mask="completion") -> int:
+    return sum(learnt_tokens(p, ids, mask) for p, ids in zip(*parts(processor, rows)))
+
+
+def reference_loss(reference, processor, rows, mask) -> torch.Tensor:
+    """transformers' own loss on a padded batch. Labels are -100 on padding, and on the prompt, or
+    with mask="all" on its image tokens."""
+    prompts, texts = parts(processor, rows)
     width = max(len(p.ids) + len(t) for p, t in zip(prompts, texts))
     ids, real = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width)
     labels = torch.full_like(ids, -100)
@@ -53,6 +93,9 @@ def reference_loss(reference, processor, rows) -> torch.Tensor:
         start, end = len(prompt.ids), len(prompt.ids) + len(text)
         ids[i, :end] = torch.cat((prompt.ids, torch.tensor(text)))
         real[i, :end], labels[i, start:end] = 1, torch.tensor(text)
+        if mask == "all":
+            labels[i, :end] = ids[i, :end]
+            labels[i, labels[i] == processor.image_id] = -100
     return reference(
         input_ids=ids, attention_mask=real.long(), labels=labels,
         pixel_values=torch.cat([p.patches for p in prompts]),
@@ -61,8 +104,23 @@ def reference_loss(reference, processor, rows) -> torch.Tensor:
     ).loss  # fmt: skip
 
 
-def count(processor, rows) -> int:
-    return sum(len(target_ids(processor, text)) for _, text in rows)
+# ------------------------------------------------------------------------------- what is learnt
+
+
+def test_a_row_with_thoughts_is_learnt_as_r1v_joins_them():
+    """f"{thinking}\\n\\n{solution}" (src/r1-v/src/open_r1/sft.py, convert_example)."""
+    thinking = {"thinking": "<think> two and one </think>"}
+    row = Example("How many?", "<answer> 3 </answer>", extra=thinking)
+    assert completion_of(row) == "<think> two and one </think>\n\n<answer> 3 </answer>"
+    assert completion_of(Example("How many?", "<answer> 3 </answer>")) == "<answer> 3 </answer>"
+
+
+def test_what_a_row_says_in_full_is_learnt_to_the_letter():
+    row = Example("q", "3", extra={"thinking": "<think>x</think>", "completion": " so:\n3 "})
+    assert completion_of(row) == " so:\n3 "
+    again = taught(row, "four")
+    assert completion_of(again) == "four" and again.extra["thinking"] == "<think>x</think>"
+    assert completion_of(row) == " so:\n3 "  # the row itself is not touched
 
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -74,11 +132,18 @@ def test_a_target_ends_with_the_end_of_turn(processor):
     assert processor.tokenizer.id_to_token(ids[-1]) == "<|im_end|>"
 
 
-def test_the_loss_is_the_cross_entropy_of_transformers(qwen, folder, processor):
-    """L = - sum over target tokens of log p(token | prompt, tokens before) / number of them."""
-    reference = Qwen2VLForConditionalGeneration.from_pretrained(folder).eval()
-    expected = reference_loss(reference, processor, ROWS)
-    loss = sft_loss(qwen, processor, ROWS, count(processor, ROWS))
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("mask", ["completion", "all"])
+def test_the_loss_is_the_cross_entropy_of_transformers(tmp_path, family, mask):
+    """L = - sum over learnt tokens of log p(token | tokens before) / number of them."""
+    folder = make_checkpoint(tmp_path / "model", family=family)
+    processor = Processor.from_pretrained(folder, "{Question}")
+    qwen = Qwen2VL.from_pretrained(folder)
+    kind = {"qwen2_vl": Qwen2VLForConditionalGeneration}
+    kind["qwen2_5_vl"] = Qwen2_5_VLForConditionalGeneration
+    reference = kind[family].from_pretrained(folder).eval()
+    expected = reference_loss(reference, processor, ROWS, mask)
+    loss = loss_of(qwen, processor, ROWS, count(processor, ROWS, mask), mask)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     loss.backward()
     expected.backward()
@@ -91,30 +156,52 @@ def test_the_loss_is_divided_by_the_tokens_of_the_whole_step(qwen, processor):
     """The parts of a step add up to its loss: sum_1 / N + sum_2 / N, not the mean of two means."""
     N = count(processor, ROWS)
     with torch.no_grad():
-        whole = sft_loss(qwen, processor, ROWS, N)
-        parts = [sft_loss(qwen, processor, rows, N) for rows in (ROWS[:1], ROWS[1:])]
+        whole = loss_of(qwen, processor, ROWS, N)
+        some = [loss_of(qwen, processor, rows, N) for rows in (ROWS[:1], ROWS[1:])]
         means = [
-            sft_loss(qwen, processor, rows, count(processor, rows)) for rows in (ROWS[:1], ROWS[1:])
+            loss_of(qwen, processor, rows, count(processor, rows)) for rows in (ROWS[:1], ROWS[1:])
         ]
-    assert sum(parts).item() == pytest.approx(whole.item(), abs=1e-5)
+    assert sum(some).item() == pytest.approx(whole.item(), abs=1e-5)
     assert abs(sum(means).item() / 2 - whole.item()) > 1e-3  # so the test could fail
 
 
-# --------------------------------------------------------------------------------------- the stage
+@pytest.mark.parametrize("mask", ["completion", "all"])
+def test_micro_batches_do_not_change_the_gradient(qwen, processor, mask):
+    prompts, grads = parts(processor, ROWS)[0], []
+    for micro in (1, 3, 4):
+        qwen.zero_grad()
+        loss = step_loss(qwen, processor, prompts, quick(micro=micro, mask=mask), learn=True)
+        grads.append((loss, [p.grad.clone() for p in qwen.parameters()]))
+    for loss, some in grads[1:]:
+        assert loss == pytest.approx(grads[0][0], abs=1e-5)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(some, grads[0][1]))
+
+
+# --------------------------------------------------------------------------------------- the steps
 
 
 def quick(**keys) -> sft.Config:
     return sft.Config(**{"steps": 1, "batch": 4, "micro": 4, "lr": 1e-2, **keys})
 
 
+def losses_of(model, processor, rows, cfg) -> list[float]:
+    return [row["nll"] for row in fit(model, processor, rows, cfg)]
+
+
+def test_an_epoch_sees_every_row_once():
+    assert number_of_steps(quick(steps=None, epochs=1.0, batch=16), 160) == 10
+    assert number_of_steps(quick(steps=None, epochs=2.5, batch=16), 161) == 26
+    assert number_of_steps(quick(steps=None, epochs=0.001, batch=16), 16) == 1
+    assert number_of_steps(quick(steps=7, epochs=3.0), 16) == 7
+
+
 @pytest.mark.parametrize("micro", [1, 3])
 def test_a_run_does_not_depend_on_how_its_batches_are_split(qwen, processor, micro):
     """The first loss is the mean over all tokens of the rows; the others follow the same path."""
-    N = count(processor, ROWS)
     with torch.no_grad():
-        first = sft_loss(qwen, processor, ROWS, N).item()
-    whole = fit(copy.deepcopy(qwen), processor, ROWS, quick(steps=4))
-    split = fit(qwen, processor, ROWS, quick(steps=4, micro=micro))
+        first = loss_of(qwen, processor, ROWS, count(processor, ROWS)).item()
+    whole = losses_of(copy.deepcopy(qwen), processor, ROWS, quick(steps=4))
+    split = losses_of(qwen, processor, ROWS, quick(steps=4, micro=micro))
     assert split == pytest.approx(whole, abs=1e-4)
     assert split[0] == pytest.approx(first, abs=1e-5)
 
@@ -123,14 +210,14 @@ def test_a_run_does_not_depend_on_how_its_batches_are_split(qwen, processor, mic
 def test_fit_learns_answers_word_for_word_and_where_to_stop(qwen, processor, optimizer):
     """After it, greedy decoding says each row's text and ends there; before, it did neither."""
     def answers():
-        prompts = [processor.prompt(example) for example, _ in ROWS]
+        prompts = [processor.prompt(example) for example in ROWS]
         out = sample(qwen, processor, prompts, max_new=16, temperature=0)
         return [text for (text,) in out.texts], out.finished[:, 0].tolist()
 
-    wanted = [text for _, text in ROWS]
+    wanted = [completion_of(example) for example in ROWS]
     said, ended = answers()
     assert not any(ended) and not set(said) & set(wanted)
-    losses = fit(qwen, processor, ROWS, quick(steps=40, optimizer=optimizer))
+    losses = losses_of(qwen, processor, ROWS, quick(steps=40, optimizer=optimizer))
     assert losses[0] > 4 and losses[-1] < 0.1
     assert answers() == (wanted, [True] * 4)
 
@@ -138,7 +225,7 @@ def test_fit_learns_answers_word_for_word_and_where_to_stop(qwen, processor, opt
 def test_the_optimizer_is_the_one_that_was_asked_for(folder, processor):
     """The first loss is before any step; after one, AdamW and Muon are at different places."""
     adamw, muon = (
-        fit(Qwen2VL.from_pretrained(folder), processor, ROWS, quick(steps=2, optimizer=kind))
+        losses_of(Qwen2VL.from_pretrained(folder), processor, ROWS, quick(steps=2, optimizer=kind))
         for kind in ("adamw", "muon")
     )
     assert adamw[0] == muon[0] and abs(adamw[1] - muon[1]) > 1e-3
@@ -146,8 +233,8 @@ def test_the_optimizer_is_the_one_that_was_asked_for(folder, processor):
 
 def test_the_step_size_follows_the_schedule(qwen, processor):
     """With a warm-up far longer than the run, a step size of 1e-2 moves almost nothing."""
-    slow = fit(copy.deepcopy(qwen), processor, ROWS, quick(steps=5, warmup=10**6))
-    fast = fit(qwen, processor, ROWS, quick(steps=5))
+    slow = losses_of(copy.deepcopy(qwen), processor, ROWS, quick(steps=5, warmup=10**6))
+    fast = losses_of(qwen, processor, ROWS, quick(steps=5))
     assert slow[-1] == pytest.approx(slow[0], abs=1e-2)
     assert fast[-1] < fast[0] - 1
 
@@ -156,7 +243,7 @@ def test_a_seed_fixes_the_run(folder, processor):
     """Batches of 2 of 4 rows: another order of the rows gives other losses."""
     def losses(seed):
         model = Qwen2VL.from_pretrained(folder)
-        return fit(model, processor, ROWS, quick(steps=4, batch=2, seed=seed))
+        return losses_of(model, processor, ROWS, quick(steps=4, batch=2, seed=seed))
 
     assert losses(0) == losses(0)
     assert losses(0) != losses(1)
@@ -164,10 +251,111 @@ def test_a_seed_fixes_the_run(folder, processor):
 
 def test_rows_follow_one_another_through_the_epoch(qwen, processor):
     """Two steps of 2 rows see all 4 in the order of draw_rows (the step size is next to none)."""
-    losses = fit(qwen, processor, ROWS, quick(steps=2, batch=2, lr=1e-12))
+    losses = losses_of(qwen, processor, ROWS, quick(steps=2, batch=2, lr=1e-12))
     a, b, c, d = (ROWS[i] for i in draw_rows(4, 0, 0, 4))
     with torch.no_grad():
         expected = [
-            sft_loss(qwen, processor, two, count(processor, two)).item() for two in ([a, b], [c, d])
+            loss_of(qwen, processor, two, count(processor, two)).item() for two in ([a, b], [c, d])
         ]
     assert losses == pytest.approx(expected, abs=1e-5)
+
+
+def test_warm_up_may_be_a_share_of_the_run(qwen, processor):
+    """0.4 of 5 steps is 2: the step size rises over these, then falls to zero by the schedule."""
+    cfg = quick(steps=5, warmup=0.4, schedule="linear", lr=0.03)
+    rates = [row["lr"] for row in fit(qwen, processor, ROWS, cfg)]
+    assert rates == pytest.approx([0.015, 0.03, 0.03, 0.02, 0.01])
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_five_end_the_run(qwen, processor):
+    with torch.no_grad():
+        qwen.model.norm.weight.fill_(float("nan"))
+    seen = []
+    with pytest.raises(ValueError, match="not finite in five steps"):
+        for row in fit(qwen, processor, ROWS, quick(steps=9)):
+            seen.append((row["step"], row["skipped"], row["grad_norm"]))
+    assert seen == [(step, 1, None) for step in range(1, 6)]
+
+
+def test_the_held_out_loss_is_the_mean_over_all_tokens_and_teaches_nothing(qwen, processor):
+    with torch.no_grad():
+        expected = loss_of(qwen, processor, ROWS, count(processor, ROWS)).item()
+    for micro in (1, 3):
+        found = held_out_loss(qwen, processor, ROWS, quick(micro=micro))
+        assert found == pytest.approx(expected, abs=1e-5)
+    assert all(p.grad is None for p in qwen.parameters())
+
+
+# ----------------------------------------------------------------------------------------- the run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Eight rows with thoughts, as distill.py packs them."""
+    folder = tmp_path_factory.mktemp("data")
+    with open(folder / "rows.jsonl", "w", encoding="utf-8") as f:
+        for i in range(8):
+            Image.fromarray(picture(i, 56, 56 + 28 * (i % 2))).save(folder / f"{i}.png")
+            row = {"image": f"{i}.png", "problem": "How many?", "thinking": f"<think> {i} </think>",
+                   "solution": f"<answer> {i} </answer>"}  # fmt: skip
+            f.write(json.dumps(row) + "\n")
+    return folder / "rows.jsonl"
+
+
+def test_a_run_learns_measures_and_leaves_a_checkpoint(folder, data, tmp_path):
+    """Greedy answers of the checkpoint on disk are the rows' own, thoughts and all."""
+    words = ["--model", folder, "--data", data, "--held_out", data, "--evals", f"rows={data}"]
+    words += ["--template", "plain", "--epochs", 30, "--batch", 8, "--lr", 1e-2, "--max_new", 40]
+    words += ["--eval_every", 10, "--max_length", 120, "--out", tmp_path / "run", "--workers", 1]
+    summary = sft.main([str(word) for word in words])
+    assert (summary["steps"], summary["rows"]) == (30, 8)
+    first, last = summary["held_out_nll"]
+    assert first > 4 > 0.1 > last
+    assert summary["before"]["rows"]["accuracy"] == 0 and summary["after"]["rows"]["accuracy"] == 1
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert [row["step"] for row in rows if "held_out_nll" in row] == [10, 20, 30]
+    assert "<svg" in (tmp_path / "run" / "report.html").read_text()
+    last = newest_checkpoint(str(tmp_path / "run"))
+    again = Processor.from_pretrained(last, "plain")
+    row = Example("How many?", "3", (str(data.parent / "3.png"),))
+    out = sample(Qwen2VL.from_pretrained(last), again, [again.prompt(row)], 1, 40, temperature=0)
+    assert out.texts == [["<think> 3 </think>\n\n<answer> 3 </answer>"]]
+
+
+def test_two_processes_learn_what_one_does(folder, data, tmp_path):
+    """Seven rows a step for two processes; weights after three steps are equal to 1e-5."""
+    words = [sys.executable, "sft.py", "--model", folder, "--data", data, "--steps", "3"]
+    words += ["--batch", "7", "--micro", "2", "--lr", "1e-3", "--held_out", data]
+    states = []
+    for n in (1, 2):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+        out = ["--probes", "0", "--out", tmp_path / f"run{n}"]
+        line = [words[0], *torchrun * (n > 1), *words[1:], *out]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(list(map(str, line)), cwd=ROOT, check=True, env=environment, timeout=120,
+                       capture_output=True)  # fmt: skip
+        model = Qwen2VL.from_pretrained(newest_checkpoint(str(tmp_path / f"run{n}")))
+        metrics = (tmp_path / f"run{n}" / "metrics.jsonl").read_text().splitlines()
+        states.append((model.state_dict(), [json.loads(line) for line in metrics]))
+    (one, first), (two, second) = states
+    assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
+    for a, b in zip(first, second):
+        assert (a["nll"], a["lr"]) == pytest.approx((b["nll"], b["lr"]), abs=1e-5)
+    assert first[-1]["held_out_nll"] == pytest.approx(second[-1]["held_out_nll"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "data: which rows"),
+        (["--data", "{data}", "--max_length", "20"], r"rows.jsonl:1: prompt and completion have"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_written(folder, data, tmp_path, words, told):
+    words = [word.format(data=data) for word in words]
+    with pytest.raises(SystemExit, match=told):
+        sft.main(["--model", str(folder), "--out", str(tmp_path / "run"), *words])
+    assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Small random Qwen2-VL checkpoints in the Hugging Face layout, for the tests of every file.
+"""Small random Qwen2-VL and Qwen2.5-VL checkpoints in the Hugging Face layout, for every test file.
 
 transformers makes the weights, so a test that compares with it compares with the real thing. The
 tokenizer is a byte-level BPE with Qwen2's pre-tokenizer and Qwen2-VL's special tokens in their
@@ -6,6 +6,7 @@ published order; only the vocabulary is small.
 
     make_checkpoint(tmp_path / "model")          # weights, tokenizer, preprocessor, generation
     make_checkpoint(tmp_path / "odd", heads=6, kv_heads=3, width=96, tie=False, depth=3)
+    make_checkpoint(tmp_path / "2.5", family="qwen2_5_vl", window_size=56, depth=3)
     make_tokenizer(tmp_path / "tokenizer")       # tokenizer alone
 """
 
@@ -16,7 +17,17 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+FAMILIES = {  # model_type: transformers' config and model
+    "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+}
 
 # Qwen2-VL-2B-Instruct, tokenizer.json and tokenizer_config.json
 SPLIT = (
@@ -120,6 +131,7 @@ def make_preprocessor(folder, min_pixels: int = 56 * 56, max_pixels: int = 28 * 
 def make_checkpoint(
     folder,
     *,
+    family: str = "qwen2_vl",
     seed: int = 0,
     tie: bool = True,
     width: int = 64,
@@ -130,6 +142,9 @@ def make_checkpoint(
     vision_width: int = 32,
     depth: int = 2,
     vision_heads: int = 2,
+    vision_ffn: int = 64,
+    window_size: int = 112,
+    fullatt_block_indexes: tuple[int, ...] = (1,),
     vocab_size: int = 384,
     padded_vocab: int | None = None,
     mrope_section: tuple[int, int, int] | None = None,
@@ -138,7 +153,8 @@ def make_checkpoint(
     min_pixels: int = 56 * 56,
     max_pixels: int = 28 * 28 * 1280,
 ) -> Path:
-    """Writes a random Qwen2-VL with tokenizer and preprocessor; transformers loads it as it is.
+    """Writes a random Qwen2-VL, or Qwen2.5-VL, with tokenizer and preprocessor; transformers loads
+    it as it is. window_size (pixels) and fullatt_block_indexes are of Qwen2.5-VL.
 
     width / heads is the language model's head size (even), vision_width / vision_heads the vision
     tower's (a multiple of 4). tie: the head is the embedding. padded_vocab: rows of the embedding,
@@ -171,24 +187,25 @@ def make_checkpoint(
         "pad_token_id": ids["<|endoftext|>"],
         "initializer_range": initializer_range,
     }
-    vision_config = {
-        "depth": depth,
-        "embed_dim": vision_width,
-        "hidden_size": width,
-        "num_heads": vision_heads,
-        "mlp_ratio": 2,
-        "initializer_range": initializer_range,
-    }
-    config = Qwen2VLConfig(
+    tower = {"depth": depth, "num_heads": vision_heads, "initializer_range": initializer_range}
+    if family == "qwen2_vl":
+        tower |= {"embed_dim": vision_width, "hidden_size": width}
+        tower["mlp_ratio"] = vision_ffn // vision_width
+    else:
+        tower |= {"hidden_size": vision_width, "out_hidden_size": width}
+        tower |= {"intermediate_size": vision_ffn, "window_size": window_size}
+        tower["fullatt_block_indexes"] = list(fullatt_block_indexes)
+    Config, Model = FAMILIES[family]
+    config = Config(
         text_config=text_config,
-        vision_config=vision_config,
+        vision_config=tower,
         tie_word_embeddings=tie,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
     )
-    _random_model(config, seed).to(dtype).save_pretrained(folder)
+    _random_model(Model, config, seed).to(dtype).save_pretrained(folder)
     generation = {
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
@@ -202,10 +219,10 @@ def make_checkpoint(
     return folder
 
 
-def _random_model(config, seed: int) -> Qwen2VLForConditionalGeneration:
+def _random_model(Model, config, seed: int):
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = Qwen2VLForConditionalGeneration(config)
+        model = Model(config)
         for name, weight in model.named_parameters():
             if weight.dim() == 1:
                 weight.normal_(0.0, 0.1).add_(0.0 if name.endswith("bias") else 1.0)

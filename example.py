@@ -1,0 +1,158 @@
+"""What a row of a data set says: question, gold answer and pictures, in the columns of the field.
+
+    to_example({"problem": "How many?", "solution": "<answer> 3 </answer>", "image": "a.png"}, base)
+
+Read are R1-V's columns (problem, solution, image), VLM-R1's and LLaVA's (conversations of human and
+gpt), TRL's (prompt or messages, with a solution or a completion), and their usual other names.
+Of a chat one question and one answer are read, with a system message before them; more turns are
+refused. Images go before the text of the question, whatever place "<image>" had in it.
+
+The gold answer is the solution, or where there is none what the assistant said. A thought that it
+opens with, <think>...</think>, is no part of the gold answer: it is kept in extra["thinking"], and
+the whole in extra["completion"], from which supervised training learns to the letter.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from images import find_images
+from rewards import THINK, gold_answer
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row of a data set. images: paths, encoded bytes, PIL images or uint8 arrays (H, W, 3).
+
+    extra holds what else the row has, for rewards and training of one's own: its other columns; the
+    "scene" and the "program" of a world's question; and, where the row has them, "thinking" (with
+    its tags), "completion" (all that the assistant said) and "system".
+    """
+
+    problem: str
+    solution: str
+    images: tuple = field(default=(), repr=False)
+    task: str = ""
+    row: str = ""  # where it came from: "train.jsonl:12", "train-00000-of-00002.parquet#3"
+    extra: dict = field(default_factory=dict, repr=False, compare=False)
+
+
+# Names that mean the same. A row has one of each line, or an error says which two it has.
+ASKED = ("problem", "question", "prompt", "messages", "conversations")
+GOLD = ("solution", "ground_truth", "answer")
+IMAGES = ("images", "image", "image_path")  # and file_name, where there is none of these
+TOLD = ("completion", "messages", "conversations")  # hold an answer, too, where there is no gold
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+         "system": "system"}  # fmt: skip
+ANCHOR = "<image>"
+
+
+def to_example(fields: dict, base: Path, row: str = "") -> Example:
+    """The example of a row's columns; image paths start from the folder `base`, which is resolved.
+    ValueError for what is missing, empty, ambiguous, or no file."""
+    asked, gold, cell = (pick(fields, names) for names in (ASKED, GOLD, IMAGES))
+    used = {*ASKED, *GOLD, *IMAGES, "completion"}
+    if cell is None and fields.get("file_name") is not None:
+        cell, used = fields["file_name"], used | {"file_name"}
+    extra = {key: value for key, value in fields.items() if key not in used}
+    said, held = read_turns(asked, fields.get("completion"))
+    told = said.get("assistant")
+    if "system" in said:
+        if extra.get("system") is not None:
+            raise ValueError("has a system column and a system message, which mean the same")
+        extra["system"] = said["system"]
+    if held and cell is not None:
+        raise ValueError("has images in a column and in a message")
+    images = find_images(held or cell, base)
+    problem = without_anchors(said.get("user", ""), len(images), isinstance(asked, str))
+    if not problem.strip():
+        raise ValueError(f"no problem ({', '.join(ASKED[1:])}): a text is expected")
+    gold = told if gold is None else gold
+    if isinstance(gold, bool) or not isinstance(gold, str | int | float):
+        raise ValueError(f"no solution ({', '.join(GOLD[1:])}): a text or a number is expected")
+    thought, solution = split_thought(str(gold))
+    if told is None and thought:
+        told = gold
+    if told is not None:
+        extra["completion"] = told
+        thought = split_thought(told)[0]
+        if thought and extra.get("thinking") is None:
+            extra["thinking"] = thought
+    if gold != gold or not gold_answer(solution):
+        raise ValueError("the solution is empty")
+    for text in (problem, solution, *said.values()):
+        text.encode()  # raises for half a surrogate pair, which no tokenizer takes
+    return Example(problem, solution, images, str(fields.get("task") or ""), row, extra)
+
+
+def pick(fields: dict, names: tuple[str, ...]):
+    """The one field that has one of the names, or None."""
+    there = [name for name in names if fields.get(name) is not None]
+    if len(there) > 1:
+        raise ValueError(f"has {' and '.join(there)}, which mean the same")
+    return fields[there[0]] if there else None
+
+
+def read_turns(asked, completion) -> tuple[dict[str, str], list]:
+    """({"system", "user", "assistant": text}, as far as said; images that the parts hold) of a
+    question and a completion, each None, a text or a list of messages."""
+    said, held = {}, []
+    for role, turns in (("user", asked), ("assistant", completion)):
+        if turns is None:
+            continue
+        for turn in turns if isinstance(turns, list) else [{"role": role, "content": turns}]:
+            if not isinstance(turn, dict):
+                raise ValueError(f"a message {turn!r:.80}: expected a role and a content")
+            name = turn.get("role", turn.get("from"))
+            content = turn.get("content", turn.get("value"))
+            role = ROLES.get(name) if isinstance(name, str) else None
+            if role is None:
+                raise ValueError(f"a message of the role {name!r:.80}: must be one of "
+                                 f"{', '.join(ROLES)}")
+            if role in said or (role == "user" and "assistant" in said):
+                raise ValueError(f"several {role} turns: one question and one answer are read")
+            if role == "system" and said:
+                raise ValueError("a system message after another: it must be the first")
+            said[role], images = read_content(content, role)
+            held += images
+    return said, held
+
+
+def read_content(content, role: str) -> tuple[str, list]:
+    """Text of a message, with an anchor for each image part, and the images that the parts hold."""
+    if isinstance(content, str) or (role == "assistant" and type(content) in (int, float)):
+        return str(content), []
+    if not isinstance(content, list):
+        raise ValueError(f"the {role}'s content {content!r:.80}: expected a text or parts")
+    texts, held = [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind == "image" and role == "user":
+            texts.append(ANCHOR)
+            held += [part[k] for k in ("image", "path", "url") if part.get(k) is not None][:1]
+        else:
+            raise ValueError(f"a part {part!r:.80} of the {role}'s content: only text is read, and "
+                             "images of the user")
+    return "".join(texts), held
+
+
+def without_anchors(text: str, images: int, plain: bool) -> str:
+    """The text without "<image>", of which there must be none or one for each image. In a plain
+    text that comes with no image the word is a word."""
+    anchors = text.count(ANCHOR)
+    if not anchors or (plain and not images):
+        return text
+    if anchors != images:
+        raise ValueError(f"the question has {anchors} {ANCHOR} for {images} images")
+    return text.replace(ANCHOR, "").strip()
+
+
+def split_thought(text: str) -> tuple[str, str]:
+    """(<think>...</think>, what follows it) of a text that opens so, else ("", the text)."""
+    if not text.lstrip().startswith(THINK[0]):
+        return "", text
+    thought, closed, rest = text.lstrip().partition(THINK[1])
+    if not closed:
+        raise ValueError(f"the solution opens {THINK[0]} and never closes it")
+    return thought + closed, rest.strip()

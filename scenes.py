@@ -1,0 +1,135 @@
+"""The embedded worlds as data sets: questions about scenes that are drawn once and kept.
+
+    load_world("world:A,n=500,seed=7,ask=count+relation")   # drawn once, then kept in .cache/world
+
+world.py makes scenes, pictures and questions; here they become examples. The pictures are mapped
+from a file, so that a world of many thousands takes no memory.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from tqdm import tqdm
+
+import world
+from config import nearest
+from example import Example
+from images import check_size
+
+CACHE = Path(__file__).resolve().parent / ".cache" / "world"
+CHUNK = 64  # scenes that a worker draws at a time
+FEW = 500  # scenes that are drawn before worker processes would have started
+READ = {
+    "n": int,
+    "seed": int,
+    "ask": lambda value: tuple(value.split("+")),
+    "objects": lambda value: tuple(int(n) for n in value.split("-")),
+    "size": lambda value: tuple(int(n) for n in value.split("x")),
+}
+
+
+def load_world(source: str, part: str = "train", limit: int | None = None) -> list[Example]:
+    """Questions about the scenes of an embedded world, whose pictures are kept under CACHE.
+
+    world:SPLIT and any of n=1000, seed=0, part=train, objects=3-10, size=112x112 (width x height),
+    look=…, shapes=… (see world.make_scenes), ask=count, each after a comma or a colon. With
+    ask=count+relation a kind is drawn for each scene; where it cannot be asked another one is, and
+    a scene of which nothing can be asked is left out. B asks for attributes if ask is not given:
+    its colours are what is new in it.
+    """
+    split, n, kinds, options = parse_world(source, part)
+    scenes, images = draw_world(split, n if limit is None else min(n, limit), options)
+    examples = []
+    for i, (scene, image) in enumerate(zip(scenes, images)):
+        rng = np.random.default_rng([options["seed"], i])
+        for kind in rng.permutation(kinds).tolist():
+            try:
+                asked = world.ask(scene, kind, rng)
+            except ValueError:  # "relation", and no object that can be told from the others
+                continue
+            row = f"world:{split}#{i}"
+            extra = {"scene": scene, "program": asked["program"]}
+            answer = str(asked["answer"])
+            examples.append(Example(asked["question"], answer, (image,), kind, row, extra))
+            break
+    return examples
+
+
+def parse_world(source: str, part: str) -> tuple[str, int, tuple[str, ...], dict]:
+    """Split, n, kinds of question and options of make_scenes. "world:A,n=500,seed=7" and
+    "world:A:n=500:seed=7" are the same; the second also fits where a comma ends a list item."""
+    split, *words = re.split("[,:]", source.removeprefix("world:"))
+    options = {"n": 1000, "ask": ("attribute" if split == "B" else "count",), "seed": 0}
+    options |= {"part": part, "objects": (3, 10), "size": (112, 112), "look": None, "shapes": None}
+    keys = [word.partition("=")[0] for word in words]
+    for key, equals, value in (word.partition("=") for word in words):
+        if keys.count(key) > 1:
+            raise ValueError(f"{source}: {key} is given twice")
+        if key not in options:
+            raise ValueError(f"{source}: no option {key!r}{nearest(key, options)}")
+        try:
+            options[key] = READ.get(key, str)(value)
+        except ValueError as error:
+            raise ValueError(f"{source}: cannot read {key}{equals}{value}") from error
+    for kind in options["ask"]:
+        if kind not in world.ASK:
+            raise ValueError(f"{source}: no question {kind!r}{nearest(kind, world.ASK)}")
+    if options["n"] < 1 or len(options["objects"]) != 2 or len(options["size"]) != 2:
+        raise ValueError(f"{source}: expected n of 1 or more, objects=3-10, size=112x112")
+    check_size(source, *options["size"])
+    return split, options.pop("n"), options.pop("ask"), options
+
+
+def draw_world(split: str, n: int, options: dict) -> tuple[list[dict], np.ndarray]:
+    """n scenes and their pictures (n, H, W, 3) uint8, mapped from a file that is drawn if missing.
+
+    The file is named by a hash of the options, world.py and draw.py: a changed world is drawn anew.
+    It is written in a temporary folder, so that it is whole where it is, and two runs do not
+    collide.
+    """
+    said = [json.dumps([split, n, sorted(options.items())]).encode()]
+    said += [Path(module.__file__).read_bytes() for module in (world, world.draw)]
+    name = hashlib.sha256(b"\0".join(said)).hexdigest()[:16]
+    path, told = CACHE / f"{name}.npy", CACHE / f"{name}.json"
+    if not path.is_file():
+        world.make_scenes(0, split, **options)  # a wrong option is told before any process starts
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=CACHE) as folder:
+            new, text = Path(folder, path.name), Path(folder, told.name)
+            shape = (n, options["size"][1], options["size"][0], 3)
+            images, scenes = np.lib.format.open_memmap(new, "w+", np.uint8, shape), []
+            for some, pictures in drawn(split, n, options):
+                images[len(scenes) : len(scenes) + len(some)] = pictures
+                scenes += some
+            images.flush()
+            text.write_text(json.dumps(scenes), encoding="utf-8")
+            text.replace(told)
+            new.replace(path)  # last, since it is what is looked for
+    return json.loads(told.read_bytes()), np.asarray(np.load(path, mmap_mode="r"))
+
+
+def drawn(split: str, n: int, options: dict):
+    """Chunks of draw_chunk in order: from this process if n is small, else from worker processes
+    (spawned: a fork after torch has run threads hangs)."""
+    draw, starts = partial(draw_chunk, split, n, options), range(0, n, CHUNK)
+    workers = os.cpu_count() or 1
+    if n < FEW or workers == 1:
+        yield from map(draw, starts)
+        return
+    with ProcessPoolExecutor(min(8, workers), multiprocessing.get_context("spawn")) as pool:
+        chunks, title = pool.map(draw, starts), f"draw world {split}"
+        yield from tqdm(chunks, title, len(starts), unit="scene", unit_scale=CHUNK, leave=False)
+
+
+def draw_chunk(split: str, n: int, options: dict, start: int) -> tuple[list[dict], np.ndarray]:
+    """Scenes start ... start + CHUNK - 1 of the n, and their pictures (CHUNK, H, W, 3) uint8."""
+    scenes = world.make_scenes(min(CHUNK, n - start), split, **options, start=start)
+    return scenes, world.render(scenes, options["size"])

@@ -1,0 +1,168 @@
+"""The rows of one file by their places: lines of a .jsonl, rows of a parquet.
+
+    table = Table(Path("train-00000-of-00002.parquet"))
+    len(table), table.name(3), table.fields(3)     # "train-00000-of-00002.parquet#3", {...}
+
+Nothing is read before it is asked for, and no file stays open, so that both can be sent to other
+processes and read by several threads.
+
+A random row of a parquet costs the row group it is in. Measured for pictures of 150 kB: 6 ms from
+groups of 100 rows (what the hub writes), 60 ms and 150 MB from groups of 1,000. A file with groups
+above GROUP bytes is therefore copied once to .cache/rows in groups of about SMALL bytes, from which
+a row takes 0.4 ms; the copy of 445 MB takes half a second.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterable
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from example import ASKED, GOLD, TOLD
+
+CACHE = Path(__file__).resolve().parent / ".cache" / "rows"
+
+
+class Lines:
+    """The lines of a .jsonl file that are not blank, by their places."""
+
+    def __init__(self, path: Path):
+        self.path, self.at, start = path, [], 0
+        with open(path, "rb") as file:
+            for n, line in enumerate(file, 1):
+                if line.strip():
+                    self.at.append((start, n))
+                start += len(line)
+        self.at = np.array(self.at, np.int64).reshape(-1, 2)  # (rows, 2): first byte, line number
+
+    def __len__(self):
+        return len(self.at)
+
+    def name(self, i: int) -> str:
+        return f"{self.path.name}:{self.at[i, 1]}"
+
+    def fields(self, i: int) -> dict:
+        with open(self.path, "rb") as file:
+            file.seek(self.at[i, 0])
+            fields = json.loads(file.readline())
+        if not isinstance(fields, dict):
+            raise ValueError("not a JSON object")
+        return fields
+
+
+GROUP = 32 << 20  # bytes; a file with a larger row group is copied in groups of SMALL bytes
+SMALL = 2 << 20
+GROUPS = 2  # row groups in memory, of each process
+LOCK = threading.Lock()
+
+
+class Table:
+    """The rows of a parquet file. A random row costs its row group, so that a file with large ones
+    is copied once: for 480 x 320 pixels a row takes 6 ms from groups of 100 rows (what the hub
+    writes), 60 ms and 150 MB from groups of 1,000, and 0.4 ms from the copy."""
+
+    def __init__(self, path: Path):
+        self.path = self.file = path
+        try:
+            told = pq.read_metadata(path)
+            found, sizes = told.schema.to_arrow_schema().names, group_sizes(told)
+            if not (set(found) & set(ASKED) and set(found) & {*GOLD, *TOLD}):
+                raise ValueError(f"{path}: has the columns {', '.join(found)}; expected are one of "
+                                 f"{', '.join(ASKED)} and one of {', '.join((*GOLD, *TOLD))}")
+            if max((size for _, size in sizes), default=0) > GROUP:
+                self.file = regrouped(path, sizes)
+                sizes = group_sizes(pq.read_metadata(self.file))
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: not a whole parquet file: {error}") from error
+        self.ends = np.cumsum([rows for rows, _ in sizes], dtype=np.int64)
+        self.stamp = os.stat(self.file).st_mtime_ns
+
+    def __len__(self):
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def name(self, i: int) -> str:
+        return f"{self.path.name}#{i}"
+
+    def fields(self, i: int) -> dict:
+        k, n = find(self.ends, i)
+        with LOCK:  # or several threads would read the same group
+            group = read_group(self.file, self.stamp, k)
+        return group.slice(n, 1).to_pylist()[0]
+
+
+def group_sizes(told: pq.FileMetaData) -> list[tuple[int, int]]:
+    """(rows, bytes before compression) of each row group."""
+    groups = map(told.row_group, range(told.num_row_groups))
+    return [(group.num_rows, group.total_byte_size) for group in groups]
+
+
+@lru_cache(maxsize=GROUPS)
+def read_group(path: Path, stamp: int, k: int) -> pa.Table:
+    """Row group k of a parquet file; the stamp tells a file that was written anew."""
+    with pq.ParquetFile(path, metadata=footer(path, stamp)) as file:
+        return file.read_row_group(k, use_threads=False)
+
+
+@cache
+def footer(path: Path, stamp: int) -> pq.FileMetaData:
+    """Where the row groups of a parquet file are, read once per process."""
+    return pq.read_metadata(path)
+
+
+def regrouped(path: Path, sizes: list[tuple[int, int]]) -> Path:
+    """A copy of a parquet file under CACHE in groups of about SMALL bytes, written if missing."""
+    name = digest(file_stamps([path]), SMALL)
+    copy, total = CACHE / f"{name}.parquet", sum(rows for rows, _ in sizes)
+    rows = max(1, SMALL * total // sum(size for _, size in sizes))
+    with alone(name), TemporaryDirectory(dir=CACHE) as folder:
+        if copy.is_file():
+            return copy
+        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+            with (pq.ParquetWriter(Path(folder, "new"), file.schema_arrow, **options) as new,
+                  tqdm(total=total, desc=f"copy {path.name}", unit="row") as bar):  # fmt: skip
+                for batch in file.iter_batches(rows, use_threads=False):
+                    new.write_batch(batch)
+                    bar.update(len(batch))
+        Path(folder, "new").replace(copy)
+    return copy
+
+
+# ---------------------------------------------------------------------------------- places, names
+
+
+def find(ends: np.ndarray, n: int) -> tuple[int, int]:
+    """(k, place in k) of item n of things that follow one another and end before ends (k,)."""
+    k = int(np.searchsorted(ends, n, side="right"))
+    return k, n - int(ends[k - 1]) if k else n
+
+
+def file_stamps(paths: Iterable[str | Path]) -> str:
+    """Paths with their sizes and times of change; a file that is gone has none."""
+    there = {os.path.abspath(path): os.stat(path) for path in paths if os.path.isfile(path)}
+    return json.dumps([[path, stat.st_size, stat.st_mtime_ns] for path, stat in there.items()])
+
+
+def digest(*said) -> str:
+    """A name for all of it, of 16 characters."""
+    said = [item if isinstance(item, bytes) else str(item).encode() for item in said]
+    return hashlib.sha256(b"\0".join(said)).hexdigest()[:16]
+
+
+@contextmanager
+def alone(name: str):
+    """Only one process of this machine is inside at a time; the others wait, and find its work."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
