@@ -251,7 +251,7 @@ def open_weights(file: Path, device="cpu"):
 def read_weight(file: Path, key: str, dtype, device) -> Tensor:
     """One tensor in memory of its own. safe_open maps the file: pages that were read stay in memory
     as long as it is open, and a tensor that is not copied reads what the file holds later. So it is
-    opened for each (0.2 ms: tests/test_checkpoint.py measures the memory)."""
+    opened for each; tests/test_checkpoint.py measures the memory."""
     with open_weights(file, device) as f:
         return f.get_tensor(key).to(dtype, copy=True)
 
@@ -274,7 +274,7 @@ def save_weights(folder, state: dict[str, Tensor], cfg: ModelConfig, shard: str 
         del state["lm_head.weight"]
     save_torch_state_dict(state, folder, max_shard_size=shard)
     dtype = str(state["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-    raw = with_dtype({"dtype": dtype, **cfg.raw}, dtype)
+    raw = {**with_dtype(cfg.raw, dtype), "dtype": dtype}
     (Path(folder) / "config.json").write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
 
 

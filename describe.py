@@ -26,7 +26,7 @@ from images import open_image
 from rows import load_examples
 
 ALL = "How many items are there in the described scene?"
-UNREAD = ("program", "relationships", "directions")  # nine tenths of the memory of CLEVR's JSON
+UNREAD = ("program", "relationships", "directions")  # most of what CLEVR's JSON holds
 PROMPTS = {"v1": "Answer the question according to scene description.\n\n{Description}\n"
                  "Question:\n{Question}"}  # R1-V's words, as they are
 PROMPTS["v2"] = PROMPTS["v1"] + (
@@ -39,7 +39,7 @@ def load_clevr(scenes: str, questions: str) -> tuple[dict[str, dict], list[dict]
     """({image file name: scene}, questions) of the two JSON files of a CLEVR split.
 
     ValueError, naming the file, where it is not CLEVR's. What is not read is dropped while the file
-    is decoded: CLEVR's 700,000 questions would fill 10 GB.
+    is decoded: 70,000 scenes with 700,000 questions take 2 GB and 80 s, and else took over 4.7 GB.
     """
     found = load_list(scenes, "scenes", ("image_filename", "objects"))
     asked = load_list(questions, "questions", ("image_filename", "question", "answer"))

@@ -33,7 +33,7 @@ import chat
 from config import nearest, opt, parse
 from data import Processor
 from describe import PROMPTS, counting_rows, load_clevr, load_drawn, messages, some
-from evaluate import template_of
+from evaluate import prompt_of
 from example import Example
 from images import find_image
 from journal import newest_checkpoint
@@ -178,6 +178,7 @@ class Sample:
     bad_rows: str = opt("refuse", "or skip: leave them out", choices=("refuse", "skip"))
     template: str | None = opt(None, "prompt template by name, or a text that holds {Question}; "
                                      "default: that of the run the teacher comes from, else r1v")
+    system: str | None = opt(None, "system prompt; default: the template's, or the run's")
     limit: int | None = opt(None, "questions at most", least=1)
     n: int = opt(4, "answers for each question", least=1)
     batch: int = opt(32, "questions per batch", least=1)
@@ -185,6 +186,7 @@ class Sample:
     temperature: float = opt(1.0, "of the distribution that is sampled", above=0)
     top_p: float = opt(1.0, "sample from the likeliest tokens that hold this much", above=0, most=1)
     seed: int = opt(0, "fixes the samples", least=0)
+    min_pixels: int | None = opt(None, "pixels of an image at least; default: the checkpoint's")
     max_pixels: int | None = opt(None, "pixels of an image at most; default: the checkpoint's")
     bf16: bool = opt(False, "compute in bfloat16")
 
@@ -194,8 +196,9 @@ def sample(cfg: Sample) -> None:
     fixed by the seed and its place in the data, whatever was there before."""
     folder = newest_checkpoint(cfg.teacher)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    template = cfg.template or template_of(folder)
-    processor = Processor.from_pretrained(folder, template, max_pixels=cfg.max_pixels)
+    processor = Processor.from_pretrained(folder, min_pixels=cfg.min_pixels,
+                                          max_pixels=cfg.max_pixels,
+                                          **prompt_of(folder, cfg.template, cfg.system))
     examples = load_examples(cfg.data, cfg.images, "train", cfg.limit, cfg.bad_rows)
     asked = [question_of(example) for example in examples]
     if len(wanted := {name: said for name, *said in asked}) < len(asked):

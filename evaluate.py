@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import parallel
+from ahead import Ahead
 from config import opt, parse
 from data import Processor
 from journal import append, newest_checkpoint, write_json
@@ -37,15 +38,16 @@ from scorers import load_scorer, rescore, score_row, summary, told
 class Config:
     """Keys of `python evaluate.py`."""
 
-    model: str = opt("runs", "checkpoint folder, or a run, or a folder of runs: the newest in it")
-    data: str = opt("world:A:n=500", "world:A, world:B, world:C (with options), or a .jsonl")
-    images: str | None = opt(None, "folder of the images; default: beside the .jsonl")
+    model: str = opt("runs", "checkpoint: folder, run, folder of runs (the newest in it), hub id")
+    data: str = opt("world:A:n=500", "questions: world:…, a file, a folder, a hub id")
+    images: str | None = opt(None, "folder of the images; default: beside the data")
     out: str | None = opt(None, "results file to write, JSON")
     scorer: str = opt("accuracy", "R1-V's count or geoqa, or a reward by name or file.py:function")
     rescore: str | None = opt(None, "results file to score anew, instead of asking a model")
     bad_rows: str = opt("refuse", "or skip: leave them out", choices=("refuse", "skip"))
     template: str | None = opt(None, "prompt template by name, or a text that holds {Question}; "
                                "default: that of the run the model comes from, else r1v")
+    system: str | None = opt(None, "system prompt; default: the template's, or the run's")
     limit: int | None = opt(None, "questions at most", least=1)
     batch: int = opt(64, "questions per batch", least=1)
     max_new: int = opt(256, "tokens of an answer at most", least=1)
@@ -55,6 +57,7 @@ class Config:
     seed: int = opt(0, "fixes the samples, if any", least=0)
     min_pixels: int | None = opt(None, "pixels of an image at least; default: the checkpoint's")
     max_pixels: int | None = opt(None, "pixels of an image at most; default: the checkpoint's")
+    workers: int = opt(0, "processes that prepare the next batch's prompts; 0: none", least=0)
     bf16: bool = opt(False, "compute in bfloat16")
 
     def check(self):
@@ -77,13 +80,14 @@ def evaluate(
     title: str = "evaluate",
     scorer: str = "accuracy",
     kept: "Kept | None" = None,
+    workers: int = 0,
     **sampling,
 ) -> dict:
     """Answers to all examples: {"accuracy", "low", "high", "format", ..., "results": [...]}.
 
     Greedy, unless `sampling` (temperature, top_p, top_k, seed of rollout.sample) says otherwise.
     scorer: a name as in scorers.load_scorer. kept: where answers are kept as they come, and those
-    that are there already are not asked again.
+    that are there already are not asked again. workers: processes that prepare the next batch.
 
     Several processes answer a share each, and all return the whole.
     accuracy (with its 95 % interval low, high), format and unparsable are shares in [0, 1].
@@ -92,11 +96,11 @@ def evaluate(
     left = [i for i in range(len(examples)) if i not in done]
     first, count = parallel.share(len(left))
     left, new = left[first : first + count], {}
-    quiet = parallel.rank() > 0
+    quiet, ahead = parallel.rank() > 0, Ahead(processor, examples, workers=workers)
     bar = tqdm(total=count, desc=title, unit="question", leave=False, disable=quiet)
     for at in range(0, count, batch):
         numbers = left[at : at + batch]
-        prompts = [processor.prompt(examples[i]) for i in numbers]
+        prompts = ahead(numbers, expected=left[at + batch : at + 2 * batch])
         out = sample(model, processor, prompts, 1, max_new, uids=numbers,
                      **{"temperature": 0.0, **sampling})
         logps = (out.logp * out.mask).sum(-1)[:, 0].tolist()
@@ -113,6 +117,7 @@ def evaluate(
         new |= rows
         bar.update(len(numbers))
     bar.close()
+    ahead.close()
     for some in parallel.gathered(new):
         done |= some
     results = [done[i] for i in sorted(done)]
@@ -245,11 +250,13 @@ def about(cfg: Config, folder: str, processor: Processor, examples) -> dict:
 # ---------------------------------------------------------------------------------- the command
 
 
-def template_of(folder: str) -> str:
-    """The template that the run of a checkpoint was trained with; r1v for any other checkpoint."""
+def prompt_of(folder: str, template: str | None, system: str | None) -> dict:
+    """{"template", "system"}: those asked for; without a template, those that the run of the
+    checkpoint was trained with, or r1v for any other checkpoint."""
     config = Path(folder).parent / "config.json"
-    run = json.loads(config.read_text()) if config.is_file() else {}
-    return run.get("template", "r1v")
+    run = json.loads(config.read_text()) if config.is_file() and template is None else {}
+    return {"template": template or run.get("template", "r1v"),
+            "system": run.get("system") if system is None else system}  # fmt: skip
 
 
 def run(cfg: Config) -> dict:
@@ -257,19 +264,21 @@ def run(cfg: Config) -> dict:
     device, folder = parallel.start(), newest_checkpoint(cfg.model)
     load_scorer(cfg.scorer)  # refused before a model is read
     model = Qwen2VL.from_pretrained(folder, device=device)
-    template = cfg.template or template_of(folder)
-    processor = Processor.from_pretrained(folder, template, cfg.min_pixels, cfg.max_pixels)
+    asked = prompt_of(folder, cfg.template, cfg.system)
+    processor = Processor.from_pretrained(folder, min_pixels=cfg.min_pixels,
+                                          max_pixels=cfg.max_pixels, **asked)
     examples = load_examples(cfg.data, cfg.images, "test", cfg.limit, cfg.bad_rows)
     kept = Kept(cfg.out, about(cfg, folder, processor, examples), examples) if cfg.out else None
     with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=cfg.bf16):
         found = evaluate(model, processor, examples, cfg.batch, cfg.max_new, scorer=cfg.scorer,
                          kept=kept, seed=cfg.seed, temperature=cfg.temperature, top_p=cfg.top_p,
-                         top_k=cfg.top_k)
+                         top_k=cfg.top_k, workers=cfg.workers)
     if parallel.rank() == 0:
         if cfg.out:
-            write_json({"model": folder, "data": cfg.data, "template": template,
-                        "scorer": cfg.scorer, **found}, cfg.out)
-        print(f"{folder} on {cfg.data}, template {template!r}, scorer {cfg.scorer}: {told(found)}")
+            write_json({"model": folder, "data": cfg.data, **asked, "scorer": cfg.scorer,
+                        **found}, cfg.out)  # fmt: skip
+        print(f"{folder} on {cfg.data}, template {asked['template']!r}, scorer {cfg.scorer}: "
+              f"{told(found)}")
     parallel.gathered(None)  # the results are written
     if kept:
         kept.remove()

@@ -35,7 +35,7 @@ def values(shapes: str) -> tuple[str, ...]:
 def eye_chunk(seed: int, look: str, shapes: str, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Scenes k CHUNK ... (k+1) CHUNK - 1 of the eye's world: images (n, H, W, 3) uint8 and facts
     (n, 64, 1 + values) int8: how many objects have their centre in a patch, and how many of each
-    attribute value. Patches are in the order of data.patchify: 2 x 2 of a cell, then the next.
+    attribute value. Patches are in the order of patches.patchify: 2 x 2 of a cell, then the next.
     """
     scenes = world.make_scenes(
         CHUNK, split="A", seed=seed, part="train", look=look, shapes=shapes, start=k * CHUNK
@@ -63,7 +63,7 @@ def eye_chunks(n: int, *world_of):
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 (n, H, W, 3) -> patches (n P, C), as data.patchify makes them, for many at once."""
+    """uint8 (n, H, W, 3) -> patches (n P, C), as patches.patchify makes them, for many at once."""
     n, side = len(images), SIZE // CELL
     mean, std = (torch.tensor(PREPROCESSOR[k]) for k in ("image_mean", "image_std"))
     x = (images.float() / 255 - mean) / std

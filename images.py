@@ -117,11 +117,12 @@ def find_image(name, base: Path) -> str:
     if "://" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"image {name}: must be a path below {base}, no URL, without '..'")
     path = (base / name).resolve()
-    inside = path.is_relative_to(base)
-    if not (inside or any(path.is_relative_to(blobs) for blobs in blobs_of(base))):
+    inside, blobs = path.is_relative_to(base), blobs_of(base)
+    if not (inside or any(map(path.is_relative_to, blobs))):
         raise ValueError(f"image {name}: a link that leads out of {base}")
     if not path.is_file():
-        raise ValueError(f"image {path}: no such file")
+        packed = "; if it is packed in a .zip or .tar file, unpack that and name its folder"
+        raise ValueError(f"image {path}: no such file{packed if blobs else ''}")
     return str(path if inside else base / name)
 
 

@@ -21,6 +21,7 @@ Letters: B prompts, G completions per prompt, L prompt tokens, T completion toke
 P patches, D width, H heads, K key/value heads, R = H/K, d head width, V vocabulary.
 """
 
+import itertools
 import math
 
 import torch
@@ -60,14 +61,14 @@ def mrope(positions: Tensor, head_dim: int, theta: float, section: tuple[int, ..
 
 
 def patch_places(grid: list[list[int]], merge: int) -> Tensor:
-    """Frame, row and column (P, 3) of patches, in the order of `data.patchify`: the patches of a
+    """Frame, row and column (P, 3) of patches, in the order of `patches.patchify`: the patches of a
     merge x merge block follow one another. Frames count through all images, so that each is one.
     """
     places, frames = [], 0
-    for t, h, w in grid:
+    for (h, w), images in itertools.groupby(grid, lambda thw: thw[1:]):  # equal ones in one go
+        t = sum(image[0] for image in images)
         axes = torch.arange(frames, frames + t), torch.arange(h), torch.arange(w)
-        at = torch.cartesian_prod(*axes)
-        at = at.view(t, h // merge, merge, w // merge, merge, 3)
+        at = torch.cartesian_prod(*axes).view(t, h // merge, merge, w // merge, merge, 3)
         places.append(at.transpose(2, 3).reshape(-1, 3))
         frames += t
     return torch.cat(places)
@@ -88,8 +89,9 @@ def window_order(places: Tensor, span: int) -> tuple[Tensor, Tensor]:
 
     Windows at the right and lower edge of a frame hold what is left of it; nothing is padded.
     """
-    corner = places // torch.tensor([1, span, span])
-    _, window = corner.unique(dim=0, return_inverse=True)
+    frame, row, column = (places // torch.tensor([1, span, span])).unbind(1)
+    name = (frame * (row.max() + 1) + row) * (column.max() + 1) + column
+    _, window = name.unique(return_inverse=True)  # counted from 0
     length = window.bincount()
     order = (length[window] * len(length) + window).argsort(stable=True)
     return order, window[order]

@@ -44,14 +44,14 @@ CURVES = (
     Curve("reward/accuracy", "Accuracy", "Sampled completions with the right answer. Should rise; "
           "greedy answers, as in the table above, are mostly better.", True, (0, 1)),
     Curve("reward/format", "Format", "Form as asked for. Should near 100 % early.", True, (0, 1)),
-    Curve("format_only", "Format only", "Right in form, wrong in answer. Often rises first, then "
-          "should fall: a high plateau means that only the form was learnt.", True, (0, 1)),
-    Curve("no_signal", "Groups without signal", "Groups whose rewards are all equal give no "
-          "gradient. Near 100 % the questions are too easy or too hard.", True, (0, 1)),
+    Curve("nll", "Loss", "Nats per learnt token. Should fall."),
+    Curve("held_out_nll", "Held-out loss", "Of rows not learnt. A rise: others are memorized."),
+    Curve("format_only", "Format only", "Right form, wrong answer. Must fall again.", True, (0, 1)),
+    Curve("no_signal", "Groups without signal", "All rewards equal, no gradient.", True, (0, 1)),
     Curve("entropy", "Entropy", "Nats per token. Should fall slowly; at 0 exploration has ended."),
     Curve("kl", "KL to the start", "Nats per token. A slow rise is learning, a jump is a warning."),
-    Curve("length/mean", "Length", "Tokens of a completion: mean, and from shortest to longest. A "
-          "band along the limit: answers are cut.", band=("length/min", "length/max")),
+    Curve("length/mean", "Length", "Tokens of a completion: mean, shortest, longest.",
+          band=("length/min", "length/max")),
     Curve("truncated", "Cut off", "Completions that the limit stopped. Should be near 0 %.", True),
     Curve("clip_share", "Clipped", "Tokens beyond the trust region: a few per cent at most.", True),
     Curve("grad_norm", "Gradient norm", "Unclipped. A spike is harmless, a climb: lr too large."),
@@ -275,7 +275,7 @@ def page(folder: Path) -> str:
     config, summary = ((read(folder / f"{k}.json") or [{}])[0] for k in ("config", "summary"))
     metrics, probed = read(folder / "metrics.jsonl"), read(folder / "probes.jsonl")
     logged = read(folder / "rollouts.jsonl")
-    keys = ("model", "data", "steps", "prompts", "group", "rewards", "beta", "lr", "seed")
+    keys = ("model", "data", "steps", "prompts", "group", "batch", "rewards", "beta", "lr", "seed")
     plain = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in config.items()}
     about = " · ".join(f"{k} <b>{esc(plain[k])}</b>" for k in keys if k in plain)
     late = f"Not finished: as of step {show(metrics[-1]['step'] if metrics else 0)}."

@@ -63,8 +63,8 @@ def accuracy(text, example):
 def math(text, example):
     """1 if the one answer after the last </think> equals the gold: as in accuracy, or as a formula
     to math-verify (0.5 and \\frac{1}{2}, 2√3 and 2\\sqrt{3}, x = 3 and 3), else 0. Units are not
-    compared: 140° is 140, 3 cm is 3 m. A gold of letters alone is words (else "der" would be red,
-    e times d times r). None if math-verify had to be killed."""
+    compared: 140° is 140, 3 cm is 3 m. A gold of letters alone is words (else "felt" would be
+    "left", four factors). None if math-verify had to be killed."""
     answer, gold = final_answer(text), gold_answer(example.solution)
     if answer is None or not gold:
         return 0.0

@@ -74,15 +74,16 @@ class Table:
     def __init__(self, path: Path):
         self.path = self.file = path
         try:
-            told = pq.read_metadata(path)
-            found, sizes = told.schema.to_arrow_schema().names, group_sizes(told)
+            found, sizes = pq.read_schema(path).names, group_sizes(path)
             if not (set(found) & set(ASKED) and set(found) & {*GOLD, *TOLD}):
                 raise ValueError(f"{path}: has the columns {', '.join(found)}; expected are one of "
                                  f"{', '.join(ASKED)} and one of {', '.join((*GOLD, *TOLD))}")
             if max((size for _, size in sizes), default=0) > GROUP:
                 self.file = regrouped(path, sizes)
-                sizes = group_sizes(pq.read_metadata(self.file))
+                sizes = group_sizes(self.file)
         except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # a full disk: the system says it best
+                raise
             raise ValueError(f"{path}: not a whole parquet file: {error}") from error
         self.ends = np.cumsum([rows for rows, _ in sizes], dtype=np.int64)
         self.stamp = os.stat(self.file).st_mtime_ns
@@ -100,10 +101,14 @@ class Table:
         return group.slice(n, 1).to_pylist()[0]
 
 
-def group_sizes(told: pq.FileMetaData) -> list[tuple[int, int]]:
-    """(rows, bytes before compression) of each row group."""
-    groups = map(told.row_group, range(told.num_row_groups))
-    return [(group.num_rows, group.total_byte_size) for group in groups]
+def group_sizes(path: Path) -> list[tuple[int, int]]:
+    """(rows, bytes in memory) of each row group. Where many rows have the same picture the file may
+    hold it once, so that the first rows are asked what one row takes."""
+    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        groups = [file.metadata.row_group(k) for k in range(file.num_row_groups)]
+        first = next(file.iter_batches(16, [0][: len(groups)], use_threads=False), ())
+        each = first.nbytes // len(first) if len(first) else 0
+    return [(g.num_rows, max(g.total_byte_size, g.num_rows * each)) for g in groups]
 
 
 @lru_cache(maxsize=GROUPS)
@@ -128,7 +133,7 @@ def regrouped(path: Path, sizes: list[tuple[int, int]]) -> Path:
         if copy.is_file():
             return copy
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+            options = {"compression": "none", "write_statistics": False}
             with (pq.ParquetWriter(Path(folder, "new"), file.schema_arrow, **options) as new,
                   tqdm(total=total, desc=f"copy {path.name}", unit="row") as bar):  # fmt: skip
                 for batch in file.iter_batches(rows, use_threads=False):

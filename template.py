@@ -50,7 +50,8 @@ CONVERSATION = (
 ).format(*THINK, *ANSWER)
 TEMPLATES = {
     "r1v": Template("{Question}  Output the thinking process in " + TAGS),  # trains with two blanks
-    "r1v_eval": Template("{Question} First output the thinking process in " + TAGS),  # evaluates so
+    "r1v_eval": Template("{Question} First output the thinking process in " + TAGS),  # SuperCLEVR
+    "r1v_geoqa": Template("{Question} Output the thinking process in " + TAGS),  # its GeoQA test
     "r1v_sft": Template("{Question}{Image}", CONVERSATION),  # its supervised baseline: text first
     "system": Template("{Question}", CONVERSATION),
     "direct": Template("{Question} Give only the final answer, in " + " ".join(ANSWER) + " tags."),

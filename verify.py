@@ -80,7 +80,7 @@ class Worker:
         """A new process, once it is ready."""
         self.pipe, theirs = Pipe()
         with theirs:
-            # A session of its own: Ctrl-C in a terminal is for the run, which may still ask it.
+            # Its own process group: Ctrl-C in a terminal is for the run, which may still ask it.
             self.process = subprocess.Popen(
                 [*self.command, str(self.seconds), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()], start_new_session=True,

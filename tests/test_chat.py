@@ -25,6 +25,14 @@ def no_proxy(monkeypatch):
         monkeypatch.delenv(name.upper(), raising=False)
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own answer to Ctrl-C, which a shell takes from what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def a_server(server: ChatServer, **options) -> Server:
     options = {"backoff": 0.01, "timeout": 5.0, "retries": 5, **options}
     return Server(server.url, "teacher", KEY, **options)
@@ -322,7 +330,7 @@ def test_the_key_is_in_no_message_and_no_log(caplog, capfd):
     assert server.asked[0].key == KEY
 
 
-def test_ctrl_c_ends_it_and_keeps_what_is_there():
+def test_ctrl_c_ends_it_and_keeps_what_is_there(interruptible):
     """The fourth answer never comes; the interrupt does."""
     stop = threading.Event()
 

@@ -29,8 +29,9 @@ from tiny_checkpoint import FAMILIES, picture
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 
 from checkpoint import ModelConfig, hub_name, read_weight, save_weights
-from data import Processor, mrope_positions
+from data import Processor
 from model import Layout, Qwen2VL
+from patches import mrope_positions
 from rows import Example
 
 __all__ = ["pair"]  # a fixture
@@ -478,9 +479,14 @@ def test_the_dtype_of_the_hubs_config_follows_the_weights(pair, tmp_path):
         **flat_config(folder), "torch_dtype": "bfloat16", "dtype": None})  # fmt: skip
     Qwen2VL.from_pretrained(hub).save_pretrained(tmp_path / "new")
     raw = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert raw["torch_dtype"] == "float32" and raw.get("dtype") in (None, "float32")
+    assert raw["torch_dtype"] == raw["dtype"] == "float32"
     theirs = FAMILIES["qwen2_vl"][1].from_pretrained(tmp_path / "new", dtype="auto")
     assert theirs.lm_head.weight.dtype == torch.float32
+    raw = {**flat_config(folder), "dtype": None}
+    silent = copy_checkpoint(folder, tmp_path / "silent", config=raw)
+    Qwen2VL.from_pretrained(silent).bfloat16().save_pretrained(tmp_path / "told")
+    theirs = FAMILIES["qwen2_vl"][1].from_pretrained(tmp_path / "told", dtype="auto")
+    assert theirs.lm_head.weight.dtype == torch.bfloat16
 
 
 @each_family
@@ -599,7 +605,7 @@ def test_sizes_that_do_not_fit_together_are_refused_by_name(pair, tmp_path, chan
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_real_2b_is_saved_loaded_and_computed_as_by_transformers(tmp_path):
-    """Qwen2-VL-2B's sizes, random weights in bfloat16: 4.4 GB. bfloat16 has 8 bits, and each
+    """Qwen2-VL-2B's sizes, random weights: 4.4 GB on disk, 18 in memory. bfloat16 has 8 bits, each
     implementation rounds at other places, so the measure is float32: there both agree to 1e-3, and
     in bfloat16 ours lies no further from it than theirs (distances in spreads of the logits)."""
     cfg = ModelConfig.from_dict(REAL["Qwen/Qwen2-VL-2B-Instruct"])

@@ -24,14 +24,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     smart_resize as oracle_resize,
 )
 
-from data import (
-    Example,
-    Processor,
-    collate,
-    mrope_positions,
-    patchify,
-    smart_resize,
-)
+from data import Example, Processor, collate
+from patches import mrope_positions, patchify, smart_resize
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from chat_server import ChatServer, Reply
 from PIL import Image
-from test_chat import no_proxy  # noqa: F401
+from test_chat import interruptible, no_proxy  # noqa: F401
 from test_describe import clevr
 from tiny_checkpoint import make_checkpoint, picture
 
@@ -182,7 +182,7 @@ def test_a_killed_run_goes_on_with_what_is_missing():
     assert sorted(row["id"] for row in read(out)) == sorted(row["id"] for row in asked_for(40))
 
 
-def test_ctrl_c_leaves_by_130_with_every_answer_on_disk(capsys):
+def test_ctrl_c_leaves_by_130_with_every_answer_on_disk(interruptible, capsys):  # noqa: F811
     write("d/questions.jsonl", asked_for(9))
     stop = threading.Event()
 

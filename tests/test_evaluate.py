@@ -21,7 +21,7 @@ from tiny_checkpoint import make_checkpoint
 
 import scenes
 from data import Example, Processor, collate
-from evaluate import evaluate, main, template_of
+from evaluate import evaluate, main, prompt_of
 from journal import save_checkpoint
 from model import Layout, Qwen2VL
 from rollout import as_rollout, score
@@ -272,9 +272,13 @@ def test_what_is_missing_is_named_and_nothing_is_written(taught, tmp_path):
 def test_the_template_is_that_of_the_run_unless_another_is_named(taught, tmp_path):
     run_folder = tmp_path / "run"
     shutil.copytree(taught.folder, run_folder / "step_000003")
-    (run_folder / "config.json").write_text('{"template": "Say: {Question}"}')
-    assert template_of(str(run_folder / "step_000003")) == "Say: {Question}"
-    assert template_of(str(tmp_path / "elsewhere")) == "r1v"
+    trained = {"template": "Say: {Question}", "system": "Be short."}
+    (run_folder / "config.json").write_text(json.dumps(trained))
+    step = str(run_folder / "step_000003")
+    assert prompt_of(step, None, None) == {"template": "Say: {Question}", "system": "Be short."}
+    assert prompt_of(step, None, "Be long.")["system"] == "Be long."
+    assert prompt_of(step, "r1v", None) == {"template": "r1v", "system": None}
+    assert prompt_of(str(tmp_path / "x"), None, None) == {"template": "r1v", "system": None}
     data = write_rows(tmp_path, EXAMPLES[:1])
     common = ["--model", str(run_folder), "--data", data, "--images", str(tmp_path / "pictures")]
     prompts = [main([*common, *more])["results"][0]["prompt"]
@@ -446,12 +450,14 @@ def test_a_line_that_a_kill_cut_short_is_asked_again(taught, stopped):
     with pytest.raises(KeyboardInterrupt):
         main(stopped.words)
     part = stopped.out.parent / "out.json.part0"
-    (part.parent / "out.json.part7").write_bytes(part.read_bytes()[:-20])  # of another process
+    about, first, second, third, _ = part.read_bytes().split(b"\n")
+    other = part.parent / "out.json.part7"  # of another process
+    other.write_bytes(b"\n".join((about, third, first, second[:-20])))
     part.unlink()
     stopped.stop("5")
     with pytest.raises(KeyboardInterrupt):
         main(stopped.words)
-    assert stopped.asked() == [3, 4, 5]
+    assert stopped.asked() == [2, 4, 5] and stopped.parts() == ["out.json.part0"]
     stopped.stop("none")
     main(stopped.words)
     assert stopped.asked() == [5]

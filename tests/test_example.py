@@ -127,9 +127,10 @@ def test_messages_with_an_answer_and_prompts_with_a_completion_teach_the_same():
 
 def test_a_solution_beside_a_chat_is_the_gold_answer():
     turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": TOLD}]
-    found = read({"messages": turns, "answer": 2})
-    assert found.solution == "2"
-    assert found.extra == {"completion": TOLD, "thinking": "<think>One, two.</think>"}
+    for gold in (2, "<think>Else.</think>2"):
+        found = read({"messages": turns, "answer": gold})
+        assert found.solution == "2"
+        assert found.extra == {"completion": TOLD, "thinking": "<think>One, two.</think>"}
 
 
 def test_a_column_of_thoughts_goes_before_those_of_the_answer():

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 from tiny_checkpoint import make_checkpoint
 from transformers import AutoModelForImageTextToText
 
@@ -175,6 +176,22 @@ def test_a_hub_that_cannot_be_reached_is_told(answering, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------- checkpoints
+
+
+def test_of_a_repository_only_what_makes_a_checkpoint_is_asked_for():
+    """Qwen2-VL-2B-Instruct's files, and what else model repositories hold."""
+    wanted = [
+        "chat_template.json", "chat_template.jinja", "config.json", "generation_config.json",
+        "merges.txt", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "model.safetensors", "model.safetensors.index.json", "preprocessor_config.json",
+        "tokenizer.json", "tokenizer_config.json", "vocab.json",
+    ]  # fmt: skip
+    others = [
+        ".gitattributes", "LICENSE", "README.md", "pytorch_model.bin", "optimizer.pt", "train.py",
+        "checkpoint-100/model.safetensors", "checkpoint-100/optimizer.pt", "adapter.safetensors",
+    ]  # fmt: skip
+    found = filter_repo_objects([*wanted, *others], allow_patterns=list(FILES))
+    assert sorted(found) == sorted(wanted)
 
 
 @torch.no_grad()

@@ -269,8 +269,12 @@ def test_the_links_of_a_snapshot_of_the_hub_lead_to_its_blobs_and_nowhere_else(t
     assert find_image("a.png", base) == str(base / "a.png")
     with pytest.raises(ValueError, match=r"image out\.png: a link that leads out of"):
         find_image("out.png", base)
+    with pytest.raises(ValueError, match=r"gone\.png: no such file; if it is packed in a \.zip"):
+        find_image("gone.png", base)
     plain = tmp_path.resolve() / "snapshots" / "abc"  # named so by chance
     plain.mkdir(parents=True)
-    (plain / "a.png").symlink_to("../../datasets--owner--name/blobs/123")
+    (home / "blobs").rename(tmp_path / "blobs")
+    (plain / "a.png").symlink_to("../../blobs/123")
+    assert (plain / "a.png").is_file()
     with pytest.raises(ValueError, match="leads out of"):
         find_image("a.png", plain)

@@ -330,6 +330,7 @@ def test_segments_of_equal_length_attend_in_one_call():
     assert calls(0, 1, 1, 2, 2) == [(slice(0, 1), 1, 1), (slice(1, 5), 2, 2)]
     assert calls(0, 0, 1, 2, 2) == [(slice(2, 3), 1, 1), ([0, 1, 3, 4], 2, 2)]
     assert calls(1, 0, 0, 1) == [([1, 2, 0, 3], 2, 2)]  # a segment's patches come together
+    assert segments(torch.tensor([1, 0, 0, 1]), "meta")[0][0].is_meta
 
 
 @torch.no_grad()
@@ -357,6 +358,18 @@ def test_a_tower_leaves_nothing_on_another_device(pair, shape):
     grid = torch.tensor([[1, 10, 6], [2, 8, 8], [1, 10, 6]])
     features = model.visual(torch.empty(248, 1176, device="meta"), grid)
     assert features.shape == (62, model.cfg.hidden_size) and features.is_meta
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@each_family
+def test_a_gpu_computes_what_the_cpu_does(pair, shape):
+    folder, model, reference = pair(shape)
+    on_gpu = Qwen2VL.from_pretrained(folder, device="cuda")
+    assert {p.device.type for p in on_gpu.parameters()} == {"cuda"}
+    p = make_prompt(reference, 1, (1, 6, 10), (3, 12, 4), (1, 18, 14))
+    found = on_gpu.visual(p.patches.cuda(), p.grid.cuda())
+    assert_near(found.cpu(), model.visual(p.patches, p.grid), 1e-3)
 
 
 # ------------------------------------------------------------------------------- packed sequences

@@ -143,7 +143,8 @@ def test_the_same_formula_scores_in_math(answer, solution):
     ("-3", "3"), ("1 2 3", "3"), ("3 and 4", "3"), ("3±1", "4"), (r"\boxed{3}\boxed{4}", "3"),
     ("3||4", "3"), ("3#4#5", "3"), ("4 3\\", "3"), ("$3$ $4$", "3"), ("x = 3 or x = 4", "3"),
     ("final answer is: 3", "3"), ("0/0", "3"), (r"\infty", "3"), ("[2, 4]", "3"), ("x", "3"),
-    ("der", "red"), ("3m4", "3"), ("", "3"), ("3", ""), ("3" + " " * 600 + "+ 0", "3")])
+    ("felt", "left"), ("no", "on"), ("3m4", "3"), ("", "3"), ("3", ""),
+    ("3" + " " * 600 + "+ 0", "3")])
 def test_another_formula_does_not_score_in_math(answer, solution):
     """Not even where math-verify would find the gold as one of several numbers in the answer."""
     assert math(say(answer), solution) == 0

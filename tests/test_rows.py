@@ -449,6 +449,14 @@ def test_what_was_checked_in_part_is_checked_when_all_is_wanted(tmp_path, opened
     assert len(opened) == 13
 
 
+def test_a_limit_at_the_end_of_a_file_is_not_the_whole_set(tmp_path):
+    for i, cell in enumerate((encoded(0), b"no picture")):
+        columns = counted([0]) | {"image": [{"bytes": cell, "path": None}]}
+        write_parquet(tmp_path / f"train-0000{i}-of-00002.parquet", columns)
+    assert len(load_examples(str(tmp_path), limit=1)) == 1
+    assert "1 of 2 rows are bad" in refused(str(tmp_path))
+
+
 def test_a_picture_that_changed_is_looked_at_again(tmp_path, opened):
     for name in "ab":
         picture().save(tmp_path / f"{name}.png")
@@ -490,8 +498,8 @@ def test_bad_rows_are_remembered_and_looked_at_again(tmp_path, opened, capsys):
     for _ in range(2):
         assert len(load_examples(source)) == 3
     assert len(opened) == 3
-    (tmp_path / "b.png").unlink()
-    assert "1 of 3 rows are bad" in refused(source)
+    (tmp_path / "a.png").write_text("no picture")
+    assert "2 of 3 rows are bad" in refused(source)
 
 
 def test_few_rows_are_checked_at_every_start_and_nothing_is_written(tmp_path, monkeypatch):

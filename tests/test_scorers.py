@@ -102,7 +102,9 @@ def test_any_reward_is_a_scorer_and_its_answer_is_the_final_one(tmp_path):
     for name, right in (("accuracy", 0), ("math", 1), ("r1v_accuracy", 1), ("format", 1)):
         assert load_scorer(name)(text, gold("140")) == (right, "140°"), name
     (tmp_path / "mine.py").write_text("def half(text, example): return 0.5\n")
-    assert load_scorer(f"{tmp_path}/mine.py:half")("many", gold("3")) == (0.5, None)
+    half = load_scorer(f"{tmp_path}/mine.py:half")
+    assert half("many", gold("3")) == (0.5, None)
+    assert score_row("many", gold("3"), half)["is_correct"] is False
 
 
 @pytest.mark.parametrize("name, message", [
@@ -161,6 +163,8 @@ def test_summary_by_hand():
         "accuracy": 3 / 5, "low": low, "high": high, "format": 2 / 5, "unparsable": 1 / 5,
         "parsed": 3 / 4, "length": 24.0, "characters": 25.0, "n": 5, "correct": 3,
     }  # fmt: skip
+    odd = {**results[0], "extracted_answer": None}  # right by another rule, but not parsed
+    assert summary([odd, results[2]])["parsed"] == 0
     assert "accuracy 0.600 (" in told(found) and "24.0 tokens, 25 characters" in told(found)
     for row in results:
         row.pop("length")

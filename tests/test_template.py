@@ -22,6 +22,7 @@ def test_r1vs_prompts_are_its_own_to_the_letter():
     tail = "in <think> </think> and final answer (number) in <answer> </answer> tags."
     assert TEMPLATES["r1v"].user == "{Question}  Output the thinking process " + tail
     assert TEMPLATES["r1v_eval"].user == "{Question} First output the thinking process " + tail
+    assert TEMPLATES["r1v_geoqa"].user == "{Question} Output the thinking process " + tail
 
 
 def test_the_system_prompt_is_deepseeks_as_r1v_has_it():
@@ -36,7 +37,7 @@ def test_the_system_prompt_is_deepseeks_as_r1v_has_it():
 
 
 def test_the_tag_words_are_those_that_the_rewards_look_for():
-    for name in ("r1v", "r1v_eval", "system", "r1v_sft"):
+    for name in ("r1v", "r1v_eval", "r1v_geoqa", "system", "r1v_sft"):
         said = TEMPLATES[name].user + TEMPLATES[name].system
         assert all(tag in said for tag in THINK + ANSWER)
     assert all(tag in TEMPLATES["direct"].user for tag in ANSWER)
