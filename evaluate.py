@@ -143,7 +143,8 @@ def evaluate_all(model, processor, evals: dict, max_new: int, out: Path, when: s
 
 def print_summary(found: dict, out: Path, page: Path) -> None:
     """The table of a run's results before and after, and where things lie."""
-    print(f"\n{'':10}  before              after               format        (95 % interval)")
+    if found["before"]:
+        print(f"\n{'':10}  before              after               format        (95 % interval)")
     for name, b in found["before"].items():
         a = found["after"][name]
         cells = (f"{x['accuracy']:.3f} ({x['low']:.2f}-{x['high']:.2f})" for x in (b, a))

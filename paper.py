@@ -153,31 +153,33 @@ def run_all(cfg: Config) -> dict:
 # -------------------------------------------------------------------------------- table and picture
 
 
-def own_prompt(found: dict, name: str) -> dict[str, list[dict]]:
-    """{eval: [summary of each seed]} of a method under the prompt that it was trained with."""
-    runs = [run[METHODS[name][0]] for run in found["results"][name].values()]
+def summaries(found: dict, name: str, own: bool = True) -> dict[str, list[dict]]:
+    """{eval: [summary of each seed]} of a method, under the prompt that it was trained with or
+    under the other one."""
+    prompt = next(p for p in PROMPTS if (p == METHODS[name][0]) == own)
+    runs = [run[prompt] for run in found["results"][name].values()]
     return {key: [run[key] for run in runs] for key in runs[0]}
 
 
 def cell(values: list[float]) -> str:
-    """Mean, and lowest and highest where there are several."""
-    spread = f" ({min(values):.2f}-{max(values):.2f})" if max(values) > min(values) else ""
+    """Mean, and lowest and highest where they differ."""
+    spread = f" ({min(values):.3f}-{max(values):.3f})" if max(values) > min(values) else ""
     return f"{np.mean(values):.3f}{spread}"
 
 
 def show(found: dict) -> str:
-    """A Markdown table: greedy accuracy under think and direct prompt, tokens, seconds."""
+    """A Markdown table: greedy accuracy under the method's own prompt, on A under the other one
+    too; tokens of an answer on A."""
     names = [item.partition("=")[0] for item in EVALS]
-    heads = [f"{name}, {prompt}" for prompt in ("think", "direct") for name in names]
-    lines = ["| | " + " | ".join([*heads, "tokens", "training, s"]) + " |",
-             "|---" * (len(heads) + 3) + "|"]  # fmt: skip
-    for method in METHODS:
-        runs = list(found["results"][method].values())
-        columns = [[run[p][name]["accuracy"] for run in runs] for p in PROMPTS for name in names]
-        tokens = np.mean([s["length"] for s in own_prompt(found, method)[names[0]]])
-        seconds = np.mean(list(found["seconds"][method].values()))
-        shown = [*map(cell, columns), f"{tokens:.0f}", f"{seconds:.0f}"]
-        lines.append(f"| {method} | {' | '.join(shown)} |")
+    heads = ["", "prompt", *names, f"{names[0]}, other prompt", "tokens"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for method, (prompt, *_) in METHODS.items():
+        own, other = summaries(found, method), summaries(found, method, own=False)
+        columns = [*(own[name] for name in names), other[names[0]]]
+        shown = [cell([s["accuracy"] for s in column]) for column in columns]
+        tokens = np.mean([s["length"] for s in own[names[0]]])
+        prompt = "think" if prompt == "r1v" else prompt
+        lines.append(f"| {' | '.join([method, prompt, *shown, f'{tokens:.0f}'])} |")
     return "\n".join(lines)
 
 
@@ -190,12 +192,12 @@ def plot(found: dict, path: str) -> None:
     import matplotlib.pyplot as plt
 
     names = [item.partition("=")[0] for item in EVALS]
-    base = [own_prompt(found, "base")[name][0]["accuracy"] for name in names]
+    base = [summaries(found, "base")[name][0]["accuracy"] for name in names]
     fig, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
     for ax, few, title in zip(axes, (False, True), ("11,200 pictures", "256 pictures, 44 times")):
         shown = [name for name in METHODS if METHODS[name][1] and METHODS[name][2] == few]
         for i, method in enumerate(shown):
-            own = own_prompt(found, method)
+            own = summaries(found, method)
             values = np.array([[s["accuracy"] for s in own[name]] for name in names])
             x = np.arange(len(names)) + (i - 1.5) * 0.19
             label = method.partition(",")[0]

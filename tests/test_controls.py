@@ -10,6 +10,7 @@ import controls
 import grpo
 from rewards import format
 from rows import load_examples
+from sft import completion_of
 
 
 def found() -> dict:
@@ -55,13 +56,14 @@ def test_the_clean_teacher_answers_the_rows_of_the_run_right_and_in_format(tmp_p
     )  # fmt: skip
     taught = []
     monkeypatch.setattr(
-        controls, "fit", lambda m, p, rows, stage, title: taught.append((rows, stage))
+        controls, "fit", lambda m, p, rows, stage, title: taught.append((rows, stage)) or []
     )
     evals = {"E": load_examples("world:A:n=4", part="val")}
     out = controls.run_sft(controls.Config(), run, evals, 0.0, controls.STYLES[:2], tmp_path / "x")
     ((rows, stage),) = taught
     assert len(rows) == 32 and (stage.steps, stage.batch, stage.lr) == (2, 16, 1e-4)
-    for example, text in rows:
+    for example in rows:
+        text = completion_of(example)
         assert format(text, example) == 1
         assert text.endswith(f"<answer>{example.solution}</answer>")
     assert out["E"]["n"] == 4 and (tmp_path / "x" / "step_000002" / "config.json").is_file()

@@ -213,7 +213,9 @@ def test_a_wrong_key_address_or_model_stops_at_once():
 def test_the_key_is_in_no_file_and_no_message(folder, capfd):
     """The server repeats it in an error; a debug log of the package is on."""
     write("d/questions.jsonl", asked_for(4))
-    rude = lambda n, body: Reply(400, {"error": {"message": KEY}}) if n % 2 else right(n, body)  # noqa: E731
+    def rude(n, body):
+        return Reply(400, {"error": {"message": KEY}}) if n % 2 else right(n, body)
+
     with ChatServer(rude) as server:
         told = refused(["query", "--base_url", server.url])
     out = capfd.readouterr()
@@ -290,7 +292,11 @@ def test_samples_are_about_the_image(checkpoint):
         assert row["problem"] == question["problem"].replace("in the described scene",
                                                              "in the image")  # fmt: skip
         assert row["image"] == question["image"] and "description" not in row
-        assert row["finish"] == ("stop" if row["tokens"] < 12 else row["finish"])
+        assert row["finish"] == ("stop" if row["tokens"] < 12 else "length")
+    plain = [{key: row[key] for key in ("problem", "solution", "image")} for row in found]
+    write("d/plain.jsonl", plain)  # the same questions, never described
+    sample(checkpoint, "--n", "1", "--data", "d/plain.jsonl", "--out", "d/again.jsonl")
+    assert [row["text"] for row in read("d/again.jsonl")] == [row["text"] for row in found]
 
 
 def test_any_rows_can_be_sampled(checkpoint, folder):

@@ -10,7 +10,7 @@ from PIL import Image
 import paper
 from data import Processor
 from model import Qwen2VL
-from paper import METHODS, cell, own_prompt, right_answer, run_all, show, thought
+from paper import METHODS, cell, right_answer, run_all, show, thought
 from rewards import accuracy, format
 from rows import load_examples
 
@@ -87,22 +87,21 @@ def test_every_method_changes_the_weights_it_starts_from(series):
 
 
 def made_up() -> dict:
-    """Accuracies by hand: seed 0 has 0.5 everywhere, seed 1 has 0.7."""
+    """Accuracies by hand: 0.5 with seed 0 and 0.7 with seed 1; 0.1 less under the direct prompt."""
     names = [item.partition("=")[0] for item in paper.EVALS]
-    run = [{p: {n: {"accuracy": x, "length": 9} for n in names} for p in paper.PROMPTS}
-           for x in (0.5, 0.7)]  # fmt: skip
-    return {"results": {m: {"0": run[0], "1": run[1]} for m in METHODS},
-            "seconds": {m: {"0": 10.0, "1": 20.0} for m in METHODS}}  # fmt: skip
+    run = [{prompt: {n: {"accuracy": x - less, "length": 9} for n in names}
+            for prompt, less in zip(paper.PROMPTS, (0, 0.1))} for x in (0.5, 0.7)]  # fmt: skip
+    return {"results": {m: {"0": run[0], "1": run[1]} for m in METHODS}}
 
 
 def test_the_table_has_mean_and_range_under_both_prompts():
     lines = show(made_up()).splitlines()
-    assert lines[0].startswith("| | A, think | A_attribute, think | B, think | C, think | A, dir")
+    assert lines[0] == "|  | prompt | A | A_attribute | B | C | A, other prompt | tokens |"
     assert len(lines) == 2 + len(METHODS)
-    row = "| GRPO think" + " | 0.600 (0.50-0.70)" * 8 + " | 9 | 15 |"
-    assert row in lines
-    assert cell([0.5]) == "0.500"
-    assert [s["accuracy"] for s in own_prompt(made_up(), "SFT answers")["B"]] == [0.5, 0.7]
+    think, direct = "0.600 (0.500-0.700)", "0.500 (0.400-0.600)"
+    assert f"| GRPO think | think | {' | '.join([think] * 4)} | {direct} | 9 |" in lines
+    assert f"| SFT answers | direct | {' | '.join([direct] * 4)} | {think} | 9 |" in lines
+    assert cell([0.5]) == cell([0.5, 0.5]) == "0.500"
 
 
 def test_the_picture_is_drawn(tmp_path):

@@ -9,9 +9,13 @@ import pytest
 from test_budget import FILES
 
 import controls
+import distill
 import evaluate
 import grpo
+import paper
+import sft
 from config import read
+from template import TEMPLATES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,21 +68,37 @@ def test_every_metric_in_it_is_a_metric_of_the_code():
 
 
 def test_its_commands_parse():
-    """Every `make train ARGS="..."` and `make eval ... ARGS="..."` resolves to a config."""
-    for args in re.findall(r'make train[^\n]*ARGS="([^"]+)"', README):
+    """Every ARGS="..." after a make target resolves to a config, and so does a plain python."""
+    commands = README.replace("\\\n", " ")
+    for args in re.findall(r'make train[^\n]*ARGS="([^"]+)"', commands):
         read(grpo.Config, [str(ROOT / "recipes/tiny.toml"), *args.split()])
-    for args in re.findall(r'make eval[^\n]*ARGS="([^"]+)"', README):
+    for args in re.findall(r'make eval[^\n]*ARGS="([^"]+)"', commands):
+        read(evaluate.Config, args.split())
+    for args in re.findall(r'make sft[^\n]*ARGS="([^"]+)"', commands):
+        read(sft.Config, [str(ROOT / "recipes/sft_clevr_r1.toml"), *args.split()])
+    steps = re.findall(r'make distill STEP=(\w+) ARGS="([^"]+)"', commands)
+    assert {step for step, _ in steps} == set(distill.STEPS)
+    for step, args in steps:
+        read(distill.STEPS[step][0], args.split())
+    for args in re.findall(r"python evaluate.py ([^\n#`]+)", commands):
         read(evaluate.Config, args.split())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.name)
-def test_every_recipe_resolves(path):
-    assert read(grpo.Config, [str(path)]).out == f"runs/{path.stem}"
+def test_every_recipe_is_in_it_and_resolves(path):
+    script = sft if path.stem.startswith("sft") else grpo
+    assert read(script.Config, [str(path)]).out == f"runs/{path.stem}"
+    assert f"recipes/{path.name}" in README
 
 
 def test_its_table_of_results_is_the_measured_one():
     found = json.loads((ROOT / "bench/controls.json").read_text())
     assert controls.show(found) in README
+    assert paper.show(json.loads((ROOT / "bench/paper.json").read_text())) in README
+
+
+def test_every_template_is_in_it():
+    assert not [name for name in TEMPLATES if f"`{name}`" not in README]
 
 
 def test_nothing_in_it_waits_for_a_number():
