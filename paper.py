@@ -199,7 +199,7 @@ def plot(found: dict, path: str) -> None:
         for i, method in enumerate(shown):
             own = summaries(found, method)
             values = np.array([[s["accuracy"] for s in own[name]] for name in names])
-            x = np.arange(len(names)) + (i - 1.5) * 0.19
+            x = np.arange(len(names)) + (i - (len(shown) - 1) / 2) * 0.19
             label = method.partition(",")[0]
             ax.bar(x, values.mean(1), 0.18, color=METHODS[method][3], label=label)
             for j in range(values.shape[1]):

@@ -61,7 +61,7 @@ def test_every_metric_in_it_is_a_metric_of_the_code():
     told = set()
     for row in re.findall(r"^\| `.*\|$", SECTIONS["What each metric means"], re.M):
         told |= set(re.findall(r"`([\w/]+)`", row.split("|")[1]))
-    source = (ROOT / "grpo.py").read_text()
+    source = (ROOT / "grpo.py").read_text() + (ROOT / "sft.py").read_text()
     for name in told - {"reward/NAME"}:
         stem = name.split("/")[-1] if name.startswith("time/") else name
         assert f'"{stem}"' in source or f"{stem}=" in source, name
