@@ -9,6 +9,8 @@ workers=0 all is done at once, in this process; the prompts are the same.
 """
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -69,6 +71,13 @@ def set_up(processor: Processor, examples, max_prompt) -> None:
     global work_with
     work_with = processor, examples, max_prompt
     torch.set_num_threads(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Ends this worker when the trainer is gone, killed or not; else it would wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def make(work: int | Example) -> Prompt:

@@ -16,6 +16,8 @@ P patches (14 x 14 pixels at 2 moments), C = 3 * 2 * 14 * 14 numbers of a patch.
 
 import json
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,6 +26,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.utils.data import Subset
+from tqdm import tqdm
 
 from example import Example
 from images import image_size, open_image
@@ -198,15 +202,12 @@ class Processor:
             layout.append(piece if is_image else len(new))
         return ids, layout, image_at, text
 
-    def length(self, example: Example, most: int | None = None) -> int:
-        """Tokens of its prompt, from the sizes of its images: no pixel is decoded. ValueError,
-        naming the row, if they are more than `most`."""
+    def length(self, example: Example) -> int:
+        """Tokens of its prompt, from the sizes of its images: no pixel is decoded."""
         factor = self.settings["patch_size"] * self.settings["merge_size"]
         sizes = [self.resized(*image_size(source)) for source in example.images]
         grids = [(1, h // factor, w // factor) for h, w in sizes]
-        ids, _, image_at, _ = self.tokens(example, grids)
-        check_length(example.row, len(ids), len(image_at), most)
-        return len(ids)
+        return len(self.tokens(example, grids)[0])
 
     def prompt(self, example: Example, max_length: int | None = None) -> Prompt:
         """System turn, user turn and the start of an answer, as the template says. ValueError,
@@ -220,18 +221,34 @@ class Processor:
         none = np.empty((0, C * self.settings["temporal_patch_size"]), np.float32)
         grids = [(t, h // merge, w // merge) for _, (t, h, w) in read]
         ids, layout, image_at, text = self.tokens(example, grids)
-        check_length(example.row, len(ids), len(image_at), max_length)
+        if max_length is not None and len(ids) > max_length:
+            raise ValueError(f"{example.row}: the prompt has {len(ids)} tokens ({len(image_at)} of "
+                             f"images), at most {max_length} are allowed; none is cut")
         patches = torch.from_numpy(np.concatenate([none, *(patches for patches, _ in read)]))
         grid = torch.tensor([grid for _, grid in read], dtype=torch.int64).view(-1, 3)
         ids, image_at = torch.tensor(ids), torch.tensor(image_at, dtype=torch.int64)
         return Prompt(ids, patches, grid, mrope_positions(layout), image_at, example, text)
 
 
-def check_length(row: str, tokens: int, image_tokens: int, most: int | None) -> None:
-    """ValueError for a prompt of more than `most` tokens. One that is cut would lose its image."""
-    if most is not None and tokens > most:
-        raise ValueError(f"{row}: the prompt has {tokens} tokens ({image_tokens} of images), at "
-                         f"most {most} are allowed; none is cut")
+def without_long(examples: Sequence, length, key: str, most: int | None, bad_rows: str) -> Sequence:
+    """The examples of at most `most` tokens, as length(example) tells; all if `most` is None.
+
+    None is ever cut, which would cut the image too. ValueError says how many are longer, and the
+    first; bad_rows="skip" leaves them out and says so on stderr. key: what `most` is called.
+    """
+    if most is None:
+        return examples
+    lengths = [length(example) for example in tqdm(examples, "measure rows", leave=False)]
+    fits = [i for i, n in enumerate(lengths) if n <= most]
+    if len(fits) == len(lengths):
+        return examples
+    first = next(i for i, n in enumerate(lengths) if n > most)
+    told = (f"{len(lengths) - len(fits)} of {len(lengths)} rows have more than {most} tokens, the "
+            f"first is {examples[first].row} with {lengths[first]}")
+    if bad_rows == "refuse" or not fits:
+        raise ValueError(f"{told}; raise --{key}, or leave them out by --bad_rows skip")
+    print(f"{told}; they are left out", file=sys.stderr)
+    return [examples[i] for i in fits] if isinstance(examples, list) else Subset(examples, fits)
 
 
 # ---------------------------------------------------------------------------- files of a checkpoint

@@ -56,6 +56,8 @@ def to_example(fields: dict, base: Path, row: str = "") -> Example:
     extra = {key: value for key, value in fields.items() if key not in used}
     said, held = read_turns(asked, fields.get("completion"))
     told = said.get("assistant")
+    if not isinstance(extra.get("thinking"), str | None):
+        raise ValueError(f"thinking {extra['thinking']!r:.80}: a text is expected")
     if "system" in said:
         if extra.get("system") is not None:
             raise ValueError("has a system column and a system message, which mean the same")

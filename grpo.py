@@ -22,6 +22,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ import parallel
 import report
 from ahead import Ahead
 from config import opt, parse
-from data import Processor
+from data import Processor, without_long
 from evaluate import evaluate_all, load_evals, print_summary
 from journal import Seconds
 from model import Qwen2VL
@@ -54,7 +55,7 @@ class Config:
     system: str | None = opt(None, "system prompt; default: the template's")
     min_pixels: int | None = opt(None, "pixels of an image at least; default: the checkpoint's")
     max_pixels: int | None = opt(None, "pixels of an image at most; default: the checkpoint's")
-    max_prompt: int | None = opt(None, "refuse prompts of more tokens, at the start")
+    max_prompt: int | None = opt(None, "refuse rows of more tokens at the start, or skip them")
     workers: int = opt(0, "processes that prepare the next step's prompts; 0: none", least=0)
     out: str = opt("runs/grpo", "folder of the run")
     note: str = opt("", "a word to the reader of the report, at its head")
@@ -92,6 +93,7 @@ class Config:
     max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm", above=0)
     micro_prompts: int = opt(4, "prompts, with completions, per forward and backward", least=1)
     bf16: bool = opt(False, "compute in bfloat16; weights and optimizer stay float32")
+    recompute: bool = opt(False, "keep only the inputs of blocks for the backward pass")
 
     evals: tuple[str, ...] = opt((), "NAME=SOURCE, scored greedily before and after")
     probes: int = opt(6, "questions of the first eval that the report follows", least=0)
@@ -302,10 +304,10 @@ def setup(cfg: Config, device: str, seconds: Seconds) -> tuple:
     with seconds("render"):
         examples = load_examples(cfg.data, cfg.images, "train", bad_rows=cfg.bad_rows)
         evals = load_evals(cfg.evals)
-    for example in tqdm(examples, "measure prompts", leave=False) if cfg.max_prompt else ():
-        processor.length(example, cfg.max_prompt)
+    examples = without_long(examples, processor.length, "max_prompt", cfg.max_prompt, cfg.bad_rows)
     with seconds("tiny"):
         policy = Qwen2VL.from_pretrained(folder, device=device)
+        policy = policy.recompute_blocks() if cfg.recompute else policy
         reference = Qwen2VL.from_pretrained(folder, device=device) if cfg.beta else None
     out = journal.run_folder(cfg.out, cfg) if parallel.rank() == 0 else None
     return processor, rewards, examples, evals, policy, reference, parallel.gathered(out)[0]
@@ -322,7 +324,7 @@ def train(cfg: Config) -> dict:
     optimizers = make_optimizers(policy, cfg.optimizer, cfg.lr, cfg.weight_decay)
     half = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=cfg.bf16)
     ahead = Ahead(processor, examples, cfg.max_prompt, cfg.workers)
-    probes = [processor.prompt(e) for e in next(iter(evals.values()), examples)[: cfg.probes]]
+    probes = [processor.prompt(e) for e in islice(next(iter(evals.values()), examples), cfg.probes)]
     with seconds("eval"), half():
         before = evaluate_all(policy, processor, evals, cfg.max_new, out, "before")
 

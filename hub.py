@@ -9,7 +9,7 @@ revision may follow the id: "owner/name@revision". Nothing that is downloaded is
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import errors, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -18,6 +18,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+# What a download that is cut short raises, of the HTTP package that this huggingface_hub is built on.
+HTTP_ERROR = getattr(errors, "HTTPError", OSError)
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
@@ -43,6 +45,7 @@ def snapshot(name: str, kind: str, patterns: tuple[str, ...]) -> Path:
     except RepositoryNotFoundError as error:
         raise ValueError(f"{told} the hub has no {kind} {repo} (or it is private: "
                          "`hf auth login`)") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HTTP_ERROR, OSError,
+            RuntimeError) as error:  # hf_xet's
         raise ValueError(f"{told} {repo} is not in the hub's cache and the hub cannot be asked: "
-                         f"{str(error).splitlines()[0]}") from error
+                         f"{(str(error) or type(error).__name__).splitlines()[0]}") from error

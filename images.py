@@ -110,20 +110,23 @@ def find_images(cell, base: Path) -> tuple[str | bytes, ...]:
 
 
 def find_image(name, base: Path) -> str:
-    """The file `name` below the folder `base`, which is resolved. A row of a data set may open no
-    other file of the machine. In a snapshot of the hub's cache the files are links to its blobs."""
+    """The file `name`, a path from the folder `base`, which is resolved, or an absolute one below it.
+    A row of a data set may open no other file of the machine. In a snapshot of the hub's cache the
+    files are links to its blobs."""
     if not isinstance(name, str) or not name or len(name) > 4096:
         raise ValueError(f"image {name!r:.80}: a path is expected")
-    if "://" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"image {name}: must be a path below {base}, no URL, without '..'")
-    path = (base / name).resolve()
-    inside, blobs = path.is_relative_to(base), blobs_of(base)
+    said, path, blobs = base / name, (base / name).resolve(), blobs_of(base)
+    inside = path.is_relative_to(base)
+    if "://" in name or ".." in Path(name).parts or not (inside or said.is_relative_to(base)):
+        raise ValueError(f"image {name}: must be a path below {base} (--images names that folder), "
+                         "no URL, without '..'")
     if not (inside or any(map(path.is_relative_to, blobs))):
         raise ValueError(f"image {name}: a link that leads out of {base}")
     if not path.is_file():
-        packed = "; if it is packed in a .zip or .tar file, unpack that and name its folder"
-        raise ValueError(f"image {path}: no such file{packed if blobs else ''}")
-    return str(path if inside else base / name)
+        hint = "; if it is packed in a .zip or .tar file, unpack that and name its folder"
+        hint = "; folders are separated by /, not \\" if "\\" in name else hint if blobs else ""
+        raise ValueError(f"image {path}: no such file{hint}")
+    return str(path if inside else said)
 
 
 def blobs_of(base: Path) -> list[Path]:

@@ -20,6 +20,7 @@ import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +76,14 @@ def load_examples(
     if len(bad) == len(rows) or (bad and bad_rows == "refuse"):
         raise ValueError(told)
     if bad:
-        print(f"{told}\n  and left out", file=sys.stderr)
+        tell(f"{told}\n  and left out")
     return Rows(parts, base, np.delete(rows.at, list(bad)))
+
+
+def tell(text: str) -> None:
+    """To stderr, by the first of torchrun's processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 class Rows(Sequence):
@@ -197,7 +204,7 @@ def checked(rows: Rows, files: list[Path], whole: bool) -> dict[int, str]:
     code = [Path(m.__file__).read_bytes() for m in (example, pictures, rewards, shards)]
     name = digest(file_stamps(files), str(rows.base), PIL.__version__, *code)
     told = shards.CACHE / f"{name}.json"
-    with alone(name):
+    with alone(told) if whole else nullcontext():  # a part is not remembered: nothing to wait for
         known = json.loads(told.read_bytes()) if told.is_file() else None
         if known and known["stamp"] != digest(file_stamps(known["images"])):
             known = None

@@ -6,7 +6,6 @@ world.py makes scenes, pictures and questions; here they become examples. The pi
 from a file, so that a world of many thousands takes no memory.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ import world
 from config import nearest
 from example import Example
 from images import check_size
+from shards import alone, digest
 
 CACHE = Path(__file__).resolve().parent / ".cache" / "world"
 CHUNK = 64  # scenes that a worker draws at a time
@@ -74,7 +74,8 @@ def parse_world(source: str, part: str) -> tuple[str, int, tuple[str, ...], dict
         if keys.count(key) > 1:
             raise ValueError(f"{source}: {key} is given twice")
         if key not in options:
-            raise ValueError(f"{source}: no option {key!r}{nearest(key, options)}")
+            raise ValueError(f"{source}: no option {key!r} among {', '.join(options)}"
+                             f"{nearest(key, options)}")
         try:
             options[key] = READ.get(key, str)(value)
         except ValueError as error:
@@ -92,28 +93,33 @@ def draw_world(split: str, n: int, options: dict) -> tuple[list[dict], np.ndarra
     """n scenes and their pictures (n, H, W, 3) uint8, mapped from a file that is drawn if missing.
 
     The file is named by a hash of the options, world.py and draw.py: a changed world is drawn anew.
-    It is written in a temporary folder, so that it is whole where it is, and two runs do not
-    collide.
+    Of several processes that want it one draws it, and the others wait for it.
     """
-    said = [json.dumps([split, n, sorted(options.items())]).encode()]
-    said += [Path(module.__file__).read_bytes() for module in (world, world.draw)]
-    name = hashlib.sha256(b"\0".join(said)).hexdigest()[:16]
+    code = [Path(module.__file__).read_bytes() for module in (world, world.draw)]
+    name = digest(json.dumps([split, n, sorted(options.items())]), *code)
     path, told = CACHE / f"{name}.npy", CACHE / f"{name}.json"
     if not path.is_file():
         world.make_scenes(0, split, **options)  # a wrong option is told before any process starts
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=CACHE) as folder:
-            new, text = Path(folder, path.name), Path(folder, told.name)
-            shape = (n, options["size"][1], options["size"][0], 3)
-            images, scenes = np.lib.format.open_memmap(new, "w+", np.uint8, shape), []
-            for some, pictures in drawn(split, n, options):
-                images[len(scenes) : len(scenes) + len(some)] = pictures
-                scenes += some
-            images.flush()
-            text.write_text(json.dumps(scenes), encoding="utf-8")
-            text.replace(told)
-            new.replace(path)  # last, since it is what is looked for
+        with alone(path):
+            if not path.is_file():
+                write_world(path, told, split, n, options)
     return json.loads(told.read_bytes()), np.asarray(np.load(path, mmap_mode="r"))
+
+
+def write_world(path: Path, told: Path, split: str, n: int, options: dict) -> None:
+    """Draws a world to `path`, its scenes to `told`; in a temporary folder first, so that they are
+    whole where they are."""
+    with TemporaryDirectory(dir=CACHE) as folder:
+        new, text = Path(folder, path.name), Path(folder, told.name)
+        shape = (n, options["size"][1], options["size"][0], 3)
+        images, scenes = np.lib.format.open_memmap(new, "w+", np.uint8, shape), []
+        for some, pictures in drawn(split, n, options):
+            images[len(scenes) : len(scenes) + len(some)] = pictures
+            scenes += some
+        images.flush()
+        text.write_text(json.dumps(scenes), encoding="utf-8")
+        text.replace(told)
+        new.replace(path)  # last, since it is what is looked for
 
 
 def drawn(split: str, n: int, options: dict):

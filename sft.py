@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ import parallel
 import report
 from ahead import Ahead
 from config import opt, parse
-from data import Processor, Prompt, collate
+from data import Processor, Prompt, collate, without_long
 from evaluate import evaluate_all, load_evals, print_summary
 from example import Example
 from journal import Seconds
@@ -52,7 +53,7 @@ class Config:
     system: str | None = opt(None, "system prompt; default: the template's")
     min_pixels: int | None = opt(None, "pixels of an image at least; default: the checkpoint's")
     max_pixels: int | None = opt(None, "pixels of an image at most; default: the checkpoint's")
-    max_length: int | None = opt(None, "refuse rows of more tokens, at the start")
+    max_length: int | None = opt(None, "refuse rows of more tokens at the start, or skip them")
     workers: int = opt(0, "processes that prepare the next step's prompts; 0: none", least=0)
     mask: str = opt("completion", "tokens that are learnt; all: prompts too, but no image tokens",
                     choices=("completion", "all"))
@@ -72,6 +73,7 @@ class Config:
                         least=0)
     max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm", above=0)
     bf16: bool = opt(False, "compute in bfloat16; weights and optimizer stay float32")
+    recompute: bool = opt(False, "keep only the inputs of blocks for the backward pass")
 
     held_out: str | None = opt(None, "rows whose loss is measured, never learnt")
     evals: tuple[str, ...] = opt((), "NAME=SOURCE, answered greedily and scored before and after")
@@ -219,12 +221,12 @@ def setup(cfg: Config, device: str) -> tuple:
     examples = load_examples(cfg.data, cfg.images, "train", bad_rows=cfg.bad_rows)
     held_out = load_examples(cfg.held_out, cfg.images, "val") if cfg.held_out else ()
     evals = load_evals(cfg.evals)
-    for example in tqdm(examples, "measure rows", leave=False) if cfg.max_length else ():
-        n = processor.length(example) + len(target_ids(processor, completion_of(example)))
-        if n > cfg.max_length:
-            raise ValueError(f"{example.row}: prompt and completion have {n} tokens, max_length is "
-                             f"{cfg.max_length}; none is cut")
+    def length(example: Example) -> int:
+        return processor.length(example) + len(target_ids(processor, completion_of(example)))
+
+    examples = without_long(examples, length, "max_length", cfg.max_length, cfg.bad_rows)
     model = Qwen2VL.from_pretrained(folder, device=device)
+    model = model.recompute_blocks() if cfg.recompute else model
     out = journal.run_folder(cfg.out, cfg) if parallel.rank() == 0 else None
     return processor, examples, held_out, evals, model, parallel.gathered(out)[0]
 
@@ -238,7 +240,7 @@ def train(cfg: Config) -> dict:
         raise SystemExit(f"error: {error}") from error
     half = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=cfg.bf16)
     steps, main_process = number_of_steps(cfg, len(examples)), parallel.rank() == 0
-    probes = [processor.prompt(e) for e in next(iter(evals.values()), examples)[: cfg.probes]]
+    probes = [processor.prompt(e) for e in islice(next(iter(evals.values()), examples), cfg.probes)]
     scored = load_rewards(("accuracy", "format"))
 
     def measure(step: int) -> dict:

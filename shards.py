@@ -54,7 +54,11 @@ class Lines:
     def fields(self, i: int) -> dict:
         with open(self.path, "rb") as file:
             file.seek(self.at[i, 0])
-            fields = json.loads(file.readline())
+            line = file.readline()
+        try:
+            fields = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8 ({error.reason}): save it as UTF-8") from error
         if not isinstance(fields, dict):
             raise ValueError("not a JSON object")
         return fields
@@ -126,10 +130,10 @@ def footer(path: Path, stamp: int) -> pq.FileMetaData:
 
 def regrouped(path: Path, sizes: list[tuple[int, int]]) -> Path:
     """A copy of a parquet file under CACHE in groups of about SMALL bytes, written if missing."""
-    name = digest(file_stamps([path]), SMALL)
-    copy, total = CACHE / f"{name}.parquet", sum(rows for rows, _ in sizes)
+    copy = CACHE / f"{digest(file_stamps([path]), SMALL)}.parquet"
+    total = sum(rows for rows, _ in sizes)
     rows = max(1, SMALL * total // sum(size for _, size in sizes))
-    with alone(name), TemporaryDirectory(dir=CACHE) as folder:
+    with alone(copy), TemporaryDirectory(dir=CACHE) as folder:
         if copy.is_file():
             return copy
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
@@ -165,9 +169,11 @@ def digest(*said) -> str:
 
 
 @contextmanager
-def alone(name: str):
-    """Only one process of this machine is inside at a time; the others wait, and find its work."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / f"{name}.lock", "w") as lock:
+def alone(path: Path):
+    """Only one process of this machine is at work on a file of the cache; the others wait, and find
+    it there. Its .lock stays behind, as does the temporary folder of a process that was killed:
+    while nothing runs, .cache may be removed at any time, and is then made anew."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,7 +1,10 @@
 """ahead.py, chapter two: what workers prepare is what the trainer would have, row by row."""
 
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from tiny_checkpoint import make_checkpoint, picture
 from ahead import Ahead
 from data import Processor
 from example import Example
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +107,32 @@ def test_a_worker_that_dies_ends_the_run_with_a_word_about_it(processor):
         process.kill()
     with pytest.raises(SystemExit, match=r"prepares prompts died.*--workers 0"):
         ahead([1, 2, 3])
+
+
+def test_workers_end_when_the_trainer_is_killed():
+    """Killed, not asked to end: nothing is left that would hold a pipe of the trainer open."""
+    code = """
+import sys, time
+from ahead import Ahead
+from data import Processor
+from example import Example
+if __name__ == "__main__":
+    ahead = Ahead(Processor.from_pretrained("tiny"), [Example("q", "1")], workers=1)
+    ahead([0])
+    print(*ahead.pool._processes, flush=True)
+    time.sleep(60)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+    (worker,) = map(int, trainer.stdout.readline().split())
+    os.kill(worker, 0)
+    trainer.kill()
+    trainer.wait()
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.kill(worker, 9)
+    raise AssertionError("the worker outlived its trainer")

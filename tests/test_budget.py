@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A file imports only files that stand above it.
 ORDER = [
     "config", "hub", "verify", "rewards", "template", "draw", "world", "images", "example",
-    "checkpoint", "model", "parallel", "optim", "scenes", "shards", "rows", "scorers", "patches",
+    "checkpoint", "model", "parallel", "optim", "shards", "scenes", "rows", "scorers", "patches",
     "data", "ahead", "rollout", "journal", "evaluate", "report", "grpo", "sft", "chat",
     "describe", "traces", "pack", "distill", "eye", "tiny", "controls", "paper", "bench",
 ]  # fmt: skip

@@ -24,7 +24,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     smart_resize as oracle_resize,
 )
 
-from data import Example, Processor, collate
+from data import Example, Processor, collate, without_long
 from patches import mrope_positions, patchify, smart_resize
 
 
@@ -391,12 +391,26 @@ def test_the_length_of_a_prompt_is_known_without_decoding_a_picture(processor, t
     whole = [path.read_bytes(), Image.fromarray(picture(56, 84)), *IMAGES, str(turned)]
     for images in ([], whole[:1], whole):
         example = Example("How many?", "1", tuple(images), row="r:1")
-        n = len(processor.prompt(example).ids)
-        assert processor.length(example) == processor.length(example, n) == n
-        with pytest.raises(ValueError, match=rf"r:1: the prompt has {n} tokens"):
-            processor.length(example, n - 1)
+        assert processor.length(example) == len(processor.prompt(example).ids)
     cut = Example("How many?", "1", (whole[0][:200],))
     assert processor.length(cut) == processor.length(Example("How many?", "1", (whole[0],)))
+
+
+def test_rows_that_are_too_long_are_refused_or_left_out_never_cut(processor, capsys):
+    rows = [Example("word " * n, "1", row=f"r:{n}") for n in (1, 90, 2, 80)]
+    most = processor.length(rows[2])
+    assert without_long(rows, processor.length, "max_prompt", None, "refuse") is rows
+    assert without_long(rows, processor.length, "max_prompt", 9999, "refuse") is rows
+    told = rf"2 of 4 rows have more than {most} tokens, the first is r:90 .*; raise --max_prompt"
+    with pytest.raises(ValueError, match=told):
+        without_long(rows, processor.length, "max_prompt", most, "refuse")
+    for some in (rows, tuple(rows)):  # in memory, or read on demand
+        left = without_long(some, processor.length, "max_prompt", most, "skip")
+        assert len(left) == 2 and [left[0], left[1]] == [rows[0], rows[2]]
+        assert list(left) == [rows[0], rows[2]]
+        assert "2 of 4 rows" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="4 of 4 rows"):
+        without_long(rows, processor.length, "max_prompt", 5, "skip")
 
 
 def test_a_damaged_image_is_refused_with_its_row_and_file(processor, tmp_path):

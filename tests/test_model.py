@@ -481,6 +481,28 @@ def test_gradients_equal_transformers(pair, shape):
     assert_same_gradients(found, expected, 1e-3)
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_recomputed_blocks_give_the_same_gradient_and_keep_less(tmp_path, family):
+    """What a block saves for the backward pass is gone after its forward; each runs once more."""
+    folder = make_checkpoint(tmp_path / "model", family=family)
+    qwen, again = (Qwen2VL.from_pretrained(folder) for _ in range(2))
+    again.recompute_blocks()
+    prompts = awkward(load_reference(folder))
+    kept, found = [], []
+    for model in (qwen, again):
+        runs, sizes = [], []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x
+        ):
+            loss = logits(model, prompts).square().sum()
+        found.append(gradients(model, loss))
+        kept.append(sum(sizes))
+        assert len(runs) == (1 if model is qwen else 2)
+    assert kept[1] < kept[0] / 2
+    assert_same_gradients(found[1], found[0], 1e-6)
+
+
 @torch.no_grad()
 @every_shape
 def test_greedy_continuation_equals_transformers_token_for_token(pair, shape):

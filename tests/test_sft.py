@@ -324,6 +324,16 @@ def test_a_run_learns_measures_and_leaves_a_checkpoint(folder, data, tmp_path):
     assert out.texts == [["<think> 3 </think>\n\n<answer> 3 </answer>"]]
 
 
+def test_recomputing_blocks_changes_nothing_but_memory(folder, data, tmp_path):
+    """Also where rows that are too long are left out."""
+    words = ["--model", folder, "--data", data, "--steps", 2, "--batch", 3, "--bad_rows", "skip"]
+    losses = []
+    for name in ("false", "true"):
+        more = ["--recompute", name, "--max_length", 200, "--out", tmp_path / name]
+        losses.append(sft.main([str(word) for word in (*words, *more)])["nll"])
+    assert losses[0] == losses[1]
+
+
 def test_two_processes_learn_what_one_does(folder, data, tmp_path):
     """Seven rows a step for two processes; weights after three steps are equal to 1e-5."""
     words = [sys.executable, "sft.py", "--model", folder, "--data", data, "--steps", "3"]
@@ -350,7 +360,7 @@ def test_two_processes_learn_what_one_does(folder, data, tmp_path):
     ("words", "told"),
     [
         ([], "data: which rows"),
-        (["--data", "{data}", "--max_length", "20"], r"rows.jsonl:1: prompt and completion have"),
+        (["--data", "{data}", "--max_length", "20"], r"8 of 8 rows have .*rows.jsonl:1 with"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
