@@ -15,8 +15,8 @@ else
 endif
 RUN := $(PY) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --nproc_per_node=$(GPUS))
 
-SOURCES = $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") \
-  $(if $(IMAGES),--images "$(IMAGES)")
+ROWS = $(if $(DATA),--data "$(DATA)") $(if $(IMAGES),--images "$(IMAGES)")
+SOURCES = $(if $(MODEL),--model "$(MODEL)") $(ROWS)
 
 .PHONY: help train sft distill eval test test-all tiny controls paper pictures clean .venv
 .DEFAULT_GOAL := help
@@ -31,8 +31,8 @@ sft: RECIPE = recipes/sft_clevr_r1.toml
 sft: $(READY)  ## supervised fine-tuning by RECIPE (default recipes/sft_clevr_r1.toml)
 	$(RUN) sft.py $(RECIPE) $(SOURCES) $(ARGS)
 
-distill: $(READY)  ## traces of a teacher: STEP=describe, query, sample, verify or pack, ARGS="--key value"
-	$(PY) distill.py $(STEP) $(ARGS)
+distill: $(READY)  ## traces of the teacher MODEL: STEP=describe, query, sample, verify or pack, ARGS="--key value"
+	$(PY) distill.py $(STEP) $(if $(MODEL),--teacher "$(MODEL)") $(ROWS) $(ARGS)
 
 eval: $(READY)  ## evaluate MODEL (default: the newest run) on DATA (default: world:A), IMAGES=folder
 	$(RUN) evaluate.py $(SOURCES) $(ARGS)

@@ -10,6 +10,7 @@ workers=0 all is done at once, in this process; the prompts are the same.
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -70,6 +71,7 @@ def set_up(processor: Processor, examples, max_prompt) -> None:
     """What a worker does first. Several of them share the cores, so each has one thread."""
     global work_with
     work_with = processor, examples, max_prompt
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which closes it
     torch.set_num_threads(1)
     threading.Thread(target=end_with_parent, daemon=True).start()
 

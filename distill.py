@@ -33,7 +33,7 @@ import chat
 from config import nearest, opt, parse
 from data import Processor
 from describe import PROMPTS, counting_rows, load_clevr, load_drawn, messages, some
-from evaluate import prompt_of
+from evaluate import check_out, prompt_of
 from example import Example
 from images import find_image
 from journal import newest_checkpoint
@@ -69,6 +69,7 @@ class Describe:
 def describe(cfg: Describe) -> None:
     """Scenes to counting questions with a description in words, see describe.py."""
     out = Path(cfg.out)
+    check_out(cfg.out, cfg.scenes, cfg.questions)
     if cfg.world:
         scenes, questions = load_drawn(cfg.world, out.parent, f"images/{out.stem}")
     else:
@@ -116,6 +117,7 @@ class Query:
 
 def query(cfg: Query) -> None:
     """Asks a server every question that has no answer yet, n times each."""
+    check_out(cfg.out, cfg.data)
     server = chat.Server(
         cfg.base_url, cfg.teacher, chat.key_from(cfg.key_env), cfg.concurrency, cfg.per_minute,
         cfg.timeout, cfg.retries, max_tokens=cfg.max_tokens, temperature=cfg.temperature,
@@ -146,8 +148,8 @@ def load_questions(cfg: Query) -> Iterator[dict]:
     seen = set()
     described = "{Description}" in PROMPTS.get(cfg.template, cfg.template)
     keys = ("id", "problem", "solution", *["description"] * described)
-    for _, row in read_rows(cfg.data):
-        need(row, cfg.data, *keys)
+    for at, row in read_rows(cfg.data):
+        need(row, cfg.data, at, *keys)
         if row["id"] in seen:
             raise ValueError(f"{cfg.data}: two rows are called {row['id']}")
         seen.add(row["id"])
@@ -194,6 +196,7 @@ class Sample:
 def sample(cfg: Sample) -> None:
     """A checkpoint answers every question that has not n answers yet. A question's answers are
     fixed by the seed and its place in the data, whatever was there before."""
+    check_out(cfg.out, cfg.data)
     folder = newest_checkpoint(cfg.teacher)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = Processor.from_pretrained(folder, min_pixels=cfg.min_pixels,
@@ -260,11 +263,11 @@ def verify(cfg: Verify) -> Counter:
     """Sorts answers into those to learn from and the rest, which is told why. Both files are in the
     order of the questions' ids, in whatever order the answers came. Returns the counts."""
     out, rest = Path(cfg.out), Path(cfg.out).with_suffix("").as_posix() + "_rejected.jsonl"
-    if Path(cfg.data).resolve() in (out.resolve(), Path(rest).resolve()):
-        raise ValueError(f"{cfg.data} would be overwritten; give another --out")
+    for name in (cfg.out, rest):
+        check_out(name, cfg.data)
     found = []
     for place, row in tqdm(read_rows(cfg.data), "verify", unit="answer"):
-        need(row, cfg.data, "id", "problem", "solution", "text", "image")
+        need(row, cfg.data, place, "id", "problem", "solution", "text", "image")
         reason, stated = judged(row)
         thought = hash(" ".join((split_thought(row["text"]) or ("",))[0].split()))
         found.append((natural(row["id"]), row.get("sample", 0), place, thought, stated, reason))
@@ -311,6 +314,7 @@ class Pack:
 
 def pack(cfg: Pack) -> None:
     """Writes the set to learn, see pack.py."""
+    check_out(f"{cfg.out}/rows.jsonl", cfg.data)
     base = Path(cfg.images or Path(cfg.data).parent)
     print(f"{cfg.out}: {write_set(cfg.data, base, Path(cfg.out), cfg.shard)} rows")
 

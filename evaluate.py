@@ -10,13 +10,15 @@ count as wrong and their share is reported beside it. Several processes answer a
 
 With --out, answers are kept beside it as they come, in OUT.part0, OUT.part1, … (one a process).
 The same command, with as many processes or not, then goes on where it was stopped; once OUT is
-written whole they are gone. The rows of OUT have the fields of R1-V's logs; its rates are shares
-in [0, 1], where theirs is in percent. --rescore loads no model; its last line is JSON, in percent.
+written whole they are gone. Results of another evaluation are never replaced. The rows of OUT have
+the fields of R1-V's logs; its rates are shares in [0, 1], where theirs is in percent. --rescore
+loads no model; its last line is JSON, in percent.
 """
 
 import glob
-import hashlib
 import json
+import sys
+from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -24,14 +26,22 @@ import torch
 from tqdm import tqdm
 
 import parallel
+import rewards
+import scorers
+import verify
 from ahead import Ahead
 from config import opt, parse
 from data import Processor
 from journal import append, newest_checkpoint, write_json
 from model import Qwen2VL
+from rewards import gold_answer
 from rollout import sample
 from rows import load_examples
-from scorers import load_scorer, rescore, score_row, summary, told
+from scorers import check_results, load_scorer, rescore, score_row, summary, told
+from shards import digest
+
+ASKED = ("data", "images", "bad_rows", "limit", "max_new", "temperature", "top_p", "top_k", "seed",
+         "min_pixels", "max_pixels", "bf16")  # keys that say what is asked, and how
 
 
 @dataclass(frozen=True)
@@ -96,28 +106,26 @@ def evaluate(
     left = [i for i in range(len(examples)) if i not in done]
     first, count = parallel.share(len(left))
     left, new = left[first : first + count], {}
-    quiet, ahead = parallel.rank() > 0, Ahead(processor, examples, workers=workers)
-    bar = tqdm(total=count, desc=title, unit="question", leave=False, disable=quiet)
-    for at in range(0, count, batch):
-        numbers = left[at : at + batch]
-        prompts = ahead(numbers, expected=left[at + batch : at + 2 * batch])
-        out = sample(model, processor, prompts, 1, max_new, uids=numbers,
-                     **{"temperature": 0.0, **sampling})
-        logps = (out.logp * out.mask).sum(-1)[:, 0].tolist()
-        rows = {}
-        for i, prompt, (text,), logp, (length,) in zip(
-            numbers, prompts, out.texts, logps, out.lengths.tolist()
-        ):
-            example = prompt.example
-            asked = {"problem": example.problem, "row": example.row, "task": example.task}
-            rows[i] = {"question": asked, "prompt": prompt.text,
-                       **score_row(text, example, score), "logp": logp, "length": length}
-        if kept:
-            kept.add(rows)
-        new |= rows
-        bar.update(len(numbers))
-    bar.close()
-    ahead.close()
+    bar = tqdm(total=count, desc=title, unit="question", leave=False, disable=parallel.rank() > 0)
+    with closing(Ahead(processor, examples, workers=workers)) as ahead, bar:  # closed on Ctrl-C too
+        for at in range(0, count, batch):
+            numbers = left[at : at + batch]
+            prompts = ahead(numbers, expected=left[at + batch : at + 2 * batch])
+            out = sample(model, processor, prompts, 1, max_new, uids=numbers,
+                         **{"temperature": 0.0, **sampling})
+            logps = (out.logp * out.mask).sum(-1)[:, 0].tolist()
+            rows = {}
+            for i, prompt, (text,), logp, (length,) in zip(
+                numbers, prompts, out.texts, logps, out.lengths.tolist()
+            ):
+                example = prompt.example
+                asked = {"problem": example.problem, "row": example.row, "task": example.task}
+                rows[i] = {"question": asked, "prompt": prompt.text,
+                           **score_row(text, example, score), "logp": logp, "length": length}
+            if kept:
+                kept.add(rows)
+            new |= rows
+            bar.update(len(numbers))
     for some in parallel.gathered(new):
         done |= some
     results = [done[i] for i in sorted(done)]
@@ -184,8 +192,6 @@ class Kept:
 
     def gather(self, examples) -> None:
         """Reads all files, and makes them the one of the first process: whole before any goes."""
-        if Path(self.out).is_dir():
-            raise ValueError(f"out {self.out}: is a folder; a file is to be written")
         Path(self.out).parent.mkdir(parents=True, exist_ok=True)
         for path in self.paths():
             self.rows |= self.read(path, examples)
@@ -205,14 +211,12 @@ class Kept:
             lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
             about = lines[0]["about"] if lines else self.about
             rows = {line["i"]: line["row"] for line in lines[1:]}
-            asked = {i: (row["question"]["problem"], row["question"]["row"])
+            asked = {i: (row["question"]["problem"], row["question"]["row"], row["ground_truth"])
                      for i, row in rows.items()}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: is damaged ({error!r}); remove it to start anew") from error
         differ = [key for key in self.about if about.get(key) != self.about[key]]
-        if not differ and any(
-            i >= len(examples) or (examples[i].problem, examples[i].row) != asked[i] for i in rows
-        ):
+        if not differ and any(i >= len(examples) or said(examples[i]) != asked[i] for i in rows):
             differ = ["data"]
         if differ:
             raise ValueError(f"{path}: answers of another evaluation, which was interrupted: "
@@ -230,25 +234,42 @@ class Kept:
             path.unlink(missing_ok=True)
 
 
+def said(example) -> tuple[str, str, str]:
+    return example.problem, example.row, gold_answer(example.solution)
+
+
 def about(cfg: Config, folder: str, processor: Processor, examples) -> dict:
     """What an evaluation is, JSON: if it differs, the answers of an interrupted one cannot stay.
-    Neither batch size nor number of processes is in it. A scorer of one's own goes by its text."""
+    Neither batch size nor number of processes is in it; the code that scores is."""
     weights = sorted(Path(folder).glob("*.safetensors"))
     file = Path(cfg.scorer.rpartition(":")[0])
-    source = file.read_bytes() if file.is_file() else b""
-    keys = ("data", "images", "bad_rows", "limit", "max_new", "temperature", "top_p", "top_k",
-            "seed", "bf16")
+    code = [Path(module.__file__).read_bytes() for module in (scorers, rewards, verify)]
+    code += [file.read_bytes()] if file.is_file() else []
     return {
-        **{key: getattr(cfg, key) for key in keys},
+        **{key: getattr(cfg, key) for key in ASKED},
         "model": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights],
         "template": processor.prompt(examples[0]).text,  # with the system turn
         "pixels": [processor.settings["min_pixels"], processor.settings["max_pixels"]],
-        "scorer": f"{cfg.scorer} {hashlib.sha256(source).hexdigest()[:16]}",
+        "scorer": f"{cfg.scorer} {digest(*code)}",
         "n": len(examples),
     }
 
 
 # ---------------------------------------------------------------------------------- the command
+
+
+def check_out(out: str, *inputs: str | None) -> None:
+    """ValueError where `out` cannot be the file to write: it is a folder, lies below a file, or is
+    one of the input files, which would be lost. To be called before the work."""
+    path, part = Path(out), Path(f"{out}.tmp")
+    if path.is_dir():
+        raise ValueError(f"--out {out}: is a folder; a file is to be written")
+    for folder in path.parents:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--out {out}: {folder} is a file, not a folder")
+    for name in (name for name in inputs if name and Path(name).exists()):
+        if any(taken.exists() and taken.samefile(name) for taken in (path, part)):
+            raise ValueError(f"--out {out}: {name} would be overwritten; give another --out")
 
 
 def prompt_of(folder: str, template: str | None, system: str | None) -> dict:
@@ -263,9 +284,13 @@ def prompt_of(folder: str, template: str | None, system: str | None) -> dict:
 def run(cfg: Config) -> dict:
     """Evaluates a checkpoint as cfg says, prints the rates, writes the results."""
     device, folder = parallel.start(), newest_checkpoint(cfg.model)
-    load_scorer(cfg.scorer)  # refused before a model is read
-    model = Qwen2VL.from_pretrained(folder, device=device)
+    load_scorer(cfg.scorer)  # refused before a model is read, as is an --out
     asked = prompt_of(folder, cfg.template, cfg.system)
+    head = {"model": folder, **asked, **{key: getattr(cfg, key) for key in (*ASKED, "scorer")}}
+    if cfg.out:
+        check_out(cfg.out, cfg.data)
+        check_results(cfg.out, head)
+    model = Qwen2VL.from_pretrained(folder, device=device)
     processor = Processor.from_pretrained(folder, min_pixels=cfg.min_pixels,
                                           max_pixels=cfg.max_pixels, **asked)
     examples = load_examples(cfg.data, cfg.images, "test", cfg.limit, cfg.bad_rows)
@@ -276,8 +301,7 @@ def run(cfg: Config) -> dict:
                          top_k=cfg.top_k, workers=cfg.workers)
     if parallel.rank() == 0:
         if cfg.out:
-            write_json({"model": folder, "data": cfg.data, **asked, "scorer": cfg.scorer,
-                        **found}, cfg.out)  # fmt: skip
+            write_json({**head, **found}, cfg.out)
         print(f"{folder} on {cfg.data}, template {asked['template']!r}, scorer {cfg.scorer}: "
               f"{told(found)}")
     parallel.gathered(None)  # the results are written
@@ -291,9 +315,13 @@ def run_rescore(cfg: Config) -> dict:
     parallel.start()
     if parallel.rank() > 0:
         return {}
+    head = {"rescored": cfg.rescore, "scorer": cfg.scorer}
+    if cfg.out:
+        check_out(cfg.out, cfg.rescore)
+        check_results(cfg.out, head)
     found = rescore(cfg.rescore, load_scorer(cfg.scorer))
     if cfg.out:
-        write_json({"rescored": cfg.rescore, "scorer": cfg.scorer, **found}, cfg.out)
+        write_json({**head, **found}, cfg.out)
     missing = sum(row["extracted_answer"] is None for row in found["results"])
     print(f"{cfg.rescore}, scorer {cfg.scorer}: {told(found)}")
     print(json.dumps({"accuracy": found["correct"] / found["n"] * 100, "n": found["n"],
@@ -307,6 +335,11 @@ def main(argv=None) -> dict:
         return run_rescore(cfg) if cfg.rescore else run(cfg)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        goes_on = "; the same command goes on where it was"
+        if parallel.rank() == 0:
+            print(f"stopped{goes_on if cfg.out and not cfg.rescore else ''}", file=sys.stderr)
+        raise SystemExit(130) from None
     finally:
         parallel.stop()
 

@@ -18,8 +18,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-# What a download that is cut short raises, of the HTTP package that this huggingface_hub is built on.
-HTTP_ERROR = getattr(errors, "HTTPError", OSError)
+# A download that is cut short: of the HTTP package that this huggingface_hub uses, and of hf_xet.
+CUT = (getattr(errors, "HTTPError", OSError), RuntimeError)
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
@@ -45,7 +45,6 @@ def snapshot(name: str, kind: str, patterns: tuple[str, ...]) -> Path:
     except RepositoryNotFoundError as error:
         raise ValueError(f"{told} the hub has no {kind} {repo} (or it is private: "
                          "`hf auth login`)") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, HTTP_ERROR, OSError,
-            RuntimeError) as error:  # hf_xet's
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, *CUT) as error:
         raise ValueError(f"{told} {repo} is not in the hub's cache and the hub cannot be asked: "
                          f"{(str(error) or type(error).__name__).splitlines()[0]}") from error

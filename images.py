@@ -110,9 +110,9 @@ def find_images(cell, base: Path) -> tuple[str | bytes, ...]:
 
 
 def find_image(name, base: Path) -> str:
-    """The file `name`, a path from the folder `base`, which is resolved, or an absolute one below it.
-    A row of a data set may open no other file of the machine. In a snapshot of the hub's cache the
-    files are links to its blobs."""
+    """The file `name`: a path from the folder `base`, which is resolved, or an absolute path below
+    it. A row of a data set may open no other file of the machine. In a snapshot of the hub's cache
+    the files are links to its blobs."""
     if not isinstance(name, str) or not name or len(name) > 4096:
         raise ValueError(f"image {name!r:.80}: a path is expected")
     said, path, blobs = base / name, (base / name).resolve(), blobs_of(base)

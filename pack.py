@@ -11,7 +11,6 @@ Columns are those of MMInstruction/Clevr_CoGenT_TrainA_R1, R1-V's set. The parqu
 """
 
 import json
-import os
 import re
 import shutil
 from itertools import islice
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from example import Example
 from images import find_image, open_image
-from traces import need, read_rows, to_learn
+from traces import line_at, need, read_rows, to_learn
 
 TEXTS = ("problem", "thinking", "solution")
 GROUP = 100  # rows of a row group, as `datasets` writes images
@@ -60,19 +59,23 @@ def write_set(data: str | Path, images: Path, out: Path, shard: int = 10_000) ->
 
 
 def rows_to_learn(data, base: Path, part: Path):
-    """(row of the .jsonl, row of the parquet) of each answer; links its image into part/images."""
-    for _, row in read_rows(data):
-        need(row, data, "image", "problem", "solution", "text")
+    """(row of the .jsonl, row of the parquet) of each answer; copies its image to part/images."""
+    for at, row in read_rows(data):
+        need(row, data, at, "image", "problem", "solution", "text")
         try:
-            source = find_image(row["image"], base)
+            texts = to_learn(row)
+            content = Path(find_image(row["image"], base)).read_bytes()
         except ValueError as error:
-            raise ValueError(f"{data}: row {row.get('id')!r}: {error} (--images says where the "
-                             "images are)") from None
+            raise ValueError(f"{line_at(data, at)}: {error} (--data: rows of verify, --images: "
+                             "where their images are)") from None
         name = f"images/{row['image'].removeprefix('images/')}"
-        (part / name).parent.mkdir(parents=True, exist_ok=True)
-        link(source, part / name)
-        texts = to_learn(row)
-        image = {"bytes": Path(source).read_bytes(), "path": Path(name).name}
+        if not (part / name).exists():
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            (part / name).write_bytes(content)
+        elif (part / name).read_bytes() != content:  # a.png and images/a.png
+            raise ValueError(f"{line_at(data, at)}: image {row['image']}: another picture becomes "
+                             f"{name} of the set, too; rename one of them")
+        image = {"bytes": content, "path": Path(name).name}
         yield {"image": name, **texts}, {"image": image, **texts}
 
 
@@ -84,19 +87,9 @@ def write_shard(rows, count: int, file, writer: pq.ParquetWriter):
         writer.write_table(pa.Table.from_pylist([row for _, row in some], SCHEMA))
 
 
-def link(source, target: Path):
-    """The same file under a second name, where the disk can do that, else a copy."""
-    if target.exists():
-        return
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def picture(example: Example, name: str, out: Path) -> str:
     """The path of a row's image, below the folder of `out`. One that lies elsewhere, or in no file
-    of its own, is linked, copied or written as PNG to images/STEM of out/."""
+    of its own, is copied, or written as PNG, to images/STEM of out/; whole or not at all."""
     source, base = example.images[0], out.parent.resolve()
     is_path = isinstance(source, str | Path)
     if is_path and Path(source).is_relative_to(base):
@@ -104,8 +97,10 @@ def picture(example: Example, name: str, out: Path) -> str:
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:100]
     target = base / "images" / out.stem / (name + (Path(source).suffix if is_path else ".png"))
     target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".tmp")
     if is_path:
-        link(source, target)
-    elif not target.exists():
-        Image.fromarray(open_image(source)).save(target)
+        shutil.copyfile(source, part)  # no link: who edits one must not change the other
+    else:
+        Image.fromarray(open_image(source)).save(part, "PNG")
+    part.replace(target)
     return target.relative_to(base).as_posix()

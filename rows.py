@@ -121,6 +121,7 @@ class Rows(Sequence):
 SUFFIXES = (".jsonl", ".parquet")
 KINDS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 PATTERNS = ("*.parquet", "*.jsonl", *(f"*.{s}" for kind in KINDS for s in (kind, kind.upper())))
+SHARD = re.compile(r"(?<=.)-\d+-of-(\d+)")  # of "train-00000-of-00002"
 PARTS = {  # what the hub's file names call them
     "train": ("train", "training"),
     "test": ("test", "testing", "eval", "evaluation"),
@@ -139,13 +140,12 @@ def find_files(source: str, part: str) -> list[Path]:
     elif is_hub_id(place) and Path(place).suffix not in (*SUFFIXES, ".json"):
         folder = snapshot(place, "dataset", PATTERNS)
     else:
-        raise ValueError(f"{source}: neither a .jsonl or .parquet file, a folder of such, a data "
-                         "set of the hub (owner/name), nor world:A, world:B or world:C")
-    splits = {}
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if path.suffix in SUFFIXES and path.is_file() and not inside.as_posix().startswith("."):
-            splits.setdefault(split_name(inside), []).append(path)
+        found = "" if Path(place).exists() else "no such file or folder; "
+        if Path(place).is_file() and Path(place).suffix == ".json":
+            found = "a .jsonl is expected, one JSON object per line; "
+        raise ValueError(f"{source}: {found}neither a .jsonl or .parquet file, a folder of such, a "
+                         "data set of the hub (owner/name), nor world:A, world:B or world:C")
+    splits = split_files(folder)
     files = splits[choose_split(source, splits, split, part)]
     described = [path.parent for path in files if path.name == "metadata.jsonl"]  # imagefolder
     files = [p for p in files if p.name == "metadata.jsonl" or p.parent not in described]
@@ -153,18 +153,32 @@ def find_files(source: str, part: str) -> list[Path]:
     if len({(path.parent, path.suffix) for path in files}) > 1:
         raise ValueError(f"{source}: its rows lie in several folders or kinds of file, which may "
                          f"not belong together; name one file or folder of {folder}: {names}")
-    said = re.search(r"-\d+-of-(\d+)", files[0].stem)
+    said = SHARD.search(files[0].stem)
     if said and int(said[1]) != len(files):
         raise ValueError(f"{source}: {len(files)} of {int(said[1])} files are there: {names}")
     return files
 
 
+def split_files(folder: Path) -> dict[str, list[Path]]:
+    """{split: its files} of a folder. Beside shards, which name their split, a .jsonl that names
+    none is left out: in pack.py's sets rows.jsonl has the same rows once more."""
+    splits = {}
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if path.suffix in SUFFIXES and path.is_file() and not inside.as_posix().startswith("."):
+            splits.setdefault(split_name(inside), []).append(path)
+    sharded = any(SHARD.search(path.stem) for files in splits.values() for path in files)
+    if sharded and all(path.suffix == ".jsonl" for path in splits.get("", ())):
+        splits.pop("", None)
+    return splits
+
+
 def split_name(path: Path) -> str:
     """The split that a file of a data set holds, from its name or else the folders it is in: train,
     test, val, another name before "-00000-of-00002", or "" if nothing says."""
-    shard = re.match(r"(.+?)-\d+-of-\d+", path.stem)
+    shard = SHARD.search(path.stem)
     names = (path.stem, *(folder.name for folder in path.parents))
-    return shard[1] if shard else next(filter(None, map(part_of, names)), "")
+    return path.stem[: shard.start()] if shard else next(filter(None, map(part_of, names)), "")
 
 
 def part_of(name: str) -> str:
@@ -174,10 +188,12 @@ def part_of(name: str) -> str:
 
 
 def choose_split(source: str, splits: dict, split: str, part: str) -> str:
-    """The one of `splits` that is called `split`, or if none is asked for, is or must be `part`."""
+    """The one of `splits` that is called `split`, or if none is asked for, is or must be `part`.
+    Where the only one has another name it is taken, and stderr says so."""
     if not splits:
         raise ValueError(f"{source}: holds no .parquet and no .jsonl; a data set whose rows or "
-                         "images are packed in .zip or .tar files has to be unpacked first")
+                         "images are packed in .zip or .tar files has to be unpacked first, and a "
+                         "metadata.csv written as metadata.jsonl, which is read")
     want = split or part
     if want in splits:
         return want
@@ -187,6 +203,8 @@ def choose_split(source: str, splits: dict, split: str, part: str) -> str:
         names = ", ".join(name or "one without a name" for name in splits)
         raise ValueError(f"{source}: has no one split {want!r}, but {names}; name one of these "
                          "after a colon, as in owner/name:train")
+    if fits[0] and part_of(fits[0]) != part_of(want):
+        tell(f"{source}: has no split {want!r}, but only {fits[0]!r}, which is taken")
     return fits[0]
 
 

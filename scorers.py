@@ -126,6 +126,21 @@ def rescore(path: str, scorer: Scorer) -> dict:
     return {**summary(results), "results": results}
 
 
+def check_results(out: str, head: dict) -> None:
+    """ValueError where `out` is there, unless it is a results file with all of `head` in it: those
+    of the same evaluation may be replaced."""
+    if not Path(out).exists():
+        return
+    try:
+        there = json.loads(Path(out).read_bytes())
+    except (ValueError, RecursionError):
+        there = None
+    held = there if isinstance(there, dict) else {}
+    if other := [key for key in head if key not in held or held[key] != head[key]]:
+        raise ValueError(f"--out {out}: holds the results of another evaluation; remove it or give "
+                         f"another --out (not the same: {', '.join(other)})")
+
+
 def read_results(path: str) -> list[tuple[Example, str, dict]]:
     """(example, model's text, the row as it was) of {"results": [{"ground_truth", "model_output",
     ...}]}. R1-V's logs: the gold may be a number, the text a list of one."""

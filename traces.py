@@ -45,11 +45,17 @@ def parsed(line: bytes) -> dict | None:
     return row if isinstance(row, dict) else None
 
 
-def need(row: dict, path, *keys: str) -> dict:
-    """row, or ValueError if a key is not there as text."""
+def line_at(path: str | Path, at: int) -> str:
+    """FILE:12, from a place in bytes."""
+    with open(path, "rb") as file:
+        return f"{path}:{file.read(at).count(bytes([10])) + 1}"
+
+
+def need(row: dict, path, at: int, *keys: str) -> dict:
+    """row, or ValueError, naming its line, if a key is not there as text. at: see read_rows."""
     for key in keys:
         if not isinstance(row.get(key), str):
-            raise ValueError(f"{path}: row {row.get('id')!r} has no text under {key!r}")
+            raise ValueError(f"{line_at(path, at)}: has no text under {key!r}")
     return row
 
 
@@ -76,8 +82,8 @@ def resumed(path: str | Path, wanted: dict[str, tuple], teacher: str):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         mend(path)
-        for _, row in read_rows(path):
-            need(row, path, "id", "problem", "solution", "text")
+        for at, row in read_rows(path):
+            need(row, path, at, "id", "problem", "solution", "text")
             if row.get("teacher") != teacher:
                 raise ValueError(f"{path} holds answers of the teacher {row.get('teacher')}, not "
                                  f"{teacher}; give another --out")
@@ -252,7 +258,7 @@ def to_learn(row: dict) -> dict:
     Clevr_CoGenT_TrainA_R1: "<think>…</think>" and "<answer> 5 </answer>". ValueError where there is
     no thought."""
     if not (split := split_thought(row["text"])):
-        raise ValueError(f"the answer to {row.get('id')!r} has no thought; is it verified?")
+        raise ValueError("the answer has no thought; is it verified?")
     thought = split[0]
     problem = row["problem"]
     if row.get("description"):  # the teacher read it; the pupil will look at the image

@@ -1,6 +1,7 @@
 """ahead.py, chapter two: what workers prepare is what the trainer would have, row by row."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -98,6 +99,14 @@ def test_a_prompt_that_is_too_long_is_refused_by_a_worker_as_by_the_trainer(proc
         with pytest.raises(ValueError, match="at most 10 are allowed"):
             ahead([0])
         ahead.close()
+
+
+def test_ctrl_c_is_left_to_the_trainer(processor, two_workers):
+    """In a terminal it is sent to all; a worker would print where it was, and die."""
+    two_workers([0, 1])
+    for process in two_workers.pool._processes:
+        os.kill(process, signal.SIGINT)
+    assert same(two_workers([2])[0], processor.prompt(EXAMPLES[2]))
 
 
 def test_a_worker_that_dies_ends_the_run_with_a_word_about_it(processor):

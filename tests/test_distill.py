@@ -235,7 +235,7 @@ def test_another_key_can_be_named(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("content", "told"), [
-    ([], "no rows"), ([{"id": "a"}], "row 'a' has no text under 'problem'"),
+    ([], "no rows"), ([{"problem": "a"}], "d/questions.jsonl:1: has no text under 'id'"),
     ([{"id": "a", "problem": "", "solution": ""}], "no text under 'description'"),
     (asked_for(1) * 2, "two rows are called q0"),
 ])  # fmt: skip
@@ -376,7 +376,7 @@ def test_the_order_in_which_answers_came_does_not_matter():
 
 def test_answers_that_cannot_be_read_are_named_and_nothing_is_written():
     write("d/answers.jsonl", [*answers(), {"id": "x"}])
-    assert "row 'x' has no text under 'problem'" in refused(["verify"])
+    assert "answers.jsonl:9: has no text under 'problem'" in refused(["verify"])
     write("d/answers.jsonl", [])
     assert "no answers" in refused(["verify"])
     assert "No such file" in refused(["verify", "--data", "nowhere.jsonl"])
@@ -426,6 +426,39 @@ def test_from_a_world_to_a_set_that_loads(capsys):
             assert format(f"{example.extra['thinking']} {example.solution}", None) == 1
             shown = open_image(example.images[0])
             assert np.array_equal(shown, open_image(f"d/{question['image']}"))
+
+
+def test_an_out_that_is_an_input_a_folder_or_below_a_file_is_refused(checkpoint, folder):
+    """Before any work: no server, no checkpoint and no other file is looked for."""
+    scenes, questions = clevr(folder)
+    write("q.jsonl", asked_for(1))
+    asked = ["--data", "q.jsonl"]
+    steps = {"describe": (["--scenes", scenes, "--questions", questions], questions),
+             "query": (asked, "q.jsonl"), "sample": ([*asked, "--teacher", "nowhere"], "q.jsonl"),
+             "verify": (asked, "q.jsonl")}  # fmt: skip
+    Path("f").mkdir()
+    Path("v_rejected.jsonl").mkdir()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for step, (argv, taken) in steps.items():
+        for out, why in ((taken, "would be overwritten; give another --out"), ("f", "is a folder"),
+                         ("q.jsonl/x/y.jsonl", "q.jsonl is a file, not a folder")):  # fmt: skip
+            told = refused([step, *argv, "--out", out])
+            assert told.startswith(f"error: --out {out}: ") and why in told
+    assert "scenes.json would be" in refused(["describe", *steps["describe"][0], "--out", scenes])
+    assert "v_rejected.jsonl: is a f" in refused(["verify", *asked, "--out", "v.jsonl"])
+    assert "--out q.jsonl/x/rows.jsonl: q.jsonl is a file" in refused(["pack", *asked, "--out",
+                                                                       "q.jsonl/x"])  # fmt: skip
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_make_hands_its_variables_to_a_step():
+    words = ["make", "-n", "--no-print-directory", "distill", "VENV=", "PYTHON=py", "STEP=sample"]
+    given = {"MODEL=a b": '--teacher "a b"', "DATA=x": '--data "x"', "IMAGES=i": '--images "i"'}
+    for some in ([], list(given)):
+        done = subprocess.run([*words, *some, "ARGS=--n 2"], cwd=ROOT, capture_output=True,
+                              text=True, check=True)  # fmt: skip
+        due = ["py distill.py sample", *(given[word] for word in some), "--n 2"]
+        assert " ".join(done.stdout.split()) == " ".join(due)
 
 
 def test_steps_are_named_and_helped(capsys):

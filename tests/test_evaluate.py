@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from tiny_checkpoint import make_checkpoint
 
+import rewards
 import scenes
 from data import Example, Processor, collate
 from evaluate import evaluate, main, prompt_of
@@ -286,6 +287,59 @@ def test_the_template_is_that_of_the_run_unless_another_is_named(taught, tmp_pat
     assert "Say: " in prompts[0] and "Say: " not in prompts[1]
 
 
+def test_results_of_another_evaluation_are_not_replaced(taught, tmp_path):
+    run(taught, tmp_path, EXAMPLES[:2])
+    out = tmp_path / "results" / "out.json"
+    words = ["--model", str(taught.folder), "--data", str(tmp_path / "rows.jsonl"), "--images",
+             str(tmp_path / "pictures"), "--max_new", str(NEW), "--out", str(out)]  # fmt: skip
+    before = out.read_bytes()
+    shutil.copy(tmp_path / "rows.jsonl", tmp_path / "more.jsonl")
+    shutil.copytree(taught.folder, tmp_path / "model")
+    changes = {"model": tmp_path / "model", "data": tmp_path / "more.jsonl", "limit": 1,
+               "template": "direct", "system": "Hm.", "scorer": "count"}  # fmt: skip
+    told = "out.json: holds the results of another evaluation; remove it or give another --out"
+    for key, word in changes.items():
+        other = [*words]
+        if f"--{key}" in other:
+            at = other.index(f"--{key}")
+            del other[at : at + 2]
+        with pytest.raises(SystemExit, match=rf"{told} \(not the same: {key}\)"):
+            main([*other, f"--{key}", str(word)])
+    with pytest.raises(SystemExit, match=r"another evaluation.*\(not the same: rescored\)"):
+        main(["--rescore", str(shutil.copy(out, tmp_path / "o.json")), "--out", str(out)])
+    assert out.read_bytes() == before
+    main(words)
+    found, again = json.loads(before), json.loads(out.read_bytes())
+    assert found["results"] == again["results"] and found["limit"] is None
+    for text in ("mine", "[1]", "{}"):
+        out.write_text(text)
+        with pytest.raises(SystemExit, match="holds the results of another evaluation"):
+            main(words)
+        assert out.read_text() == text
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_the_work(taught, tmp_path):
+    data = write_rows(tmp_path, EXAMPLES[:1])
+    (tmp_path / "folder").mkdir()
+    results = tmp_path / "a.json"
+    results.write_text('{"results": [{"ground_truth": 1, "model_output": ""}]}')
+    files = {path: path.read_bytes() for path in (results, Path(data))}
+    ask = ["--model", str(taught.folder), "--data", data]
+    for words, taken in ((ask, data), (["--rescore", str(results)], str(results))):
+        for out, why in ((str(tmp_path / "folder"), "is a folder"),
+                         (f"{data}/x/b.json", "is a file"), (taken, "would be overwritten")):
+            with pytest.raises(SystemExit, match=rf"error: --out {out}: .*{why}"):
+                main([*words, "--out", out])
+    (tmp_path / "link.json").symlink_to(results)
+    part = shutil.copy(results, tmp_path / "b.json.tmp")  # where b.json would be written first
+    for name, out in ((results, "link.json"), (part, "b.json")):
+        with pytest.raises(SystemExit, match="would be overwritten"):
+            main(["--rescore", str(name), "--out", str(tmp_path / out)])
+    assert {path: path.read_bytes() for path in files} == files and part.read_bytes()
+    there = ["a.json", "b.json.tmp", "folder", "link.json", "pictures", "rows.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == there
+
+
 def test_options_that_would_do_nothing_are_refused(capsys):
     for words in (["--top_p", "0.9"], ["--top_k", "5"]):
         with pytest.raises(SystemExit):
@@ -326,9 +380,11 @@ def test_pictures_keep_within_the_limits_in_pixels(taught, tmp_path):
     pads = lambda found: len(found["results"][0]["prompt"].split("image_pad"))  # noqa: E731
     few = run(taught, tmp_path, EXAMPLES[:1])
     shutil.rmtree(tmp_path / "pictures")
+    (tmp_path / "results" / "out.json").unlink()
     many = run(taught, tmp_path, EXAMPLES[:1], "--min_pixels", str(112 * 112))
     assert few["results"][0]["logp"] != many["results"][0]["logp"] and pads(few) == pads(many)
     shutil.rmtree(tmp_path / "pictures")
+    (tmp_path / "results" / "out.json").unlink()
     with pytest.raises(SystemExit, match="0 < min_pixels <= max_pixels"):
         run(taught, tmp_path, EXAMPLES[:1], "--min_pixels", "9000", "--max_pixels", "4000")
 
@@ -436,7 +492,7 @@ def test_two_processes_killed_half_way_are_finished_by_one(taught, stopped):
 
 def test_one_process_stopped_half_way_is_finished_by_two(taught, stopped):
     stopped.stop("3")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         main(stopped.words)
     assert stopped.parts() == ["out.json.part0"] and stopped.asked() == [1, 2, 3]
     stopped.stop("none")
@@ -445,9 +501,19 @@ def test_one_process_stopped_half_way_is_finished_by_two(taught, stopped):
     stopped.check(taught)
 
 
+def test_ctrl_c_says_whether_the_same_command_goes_on(stopped, capsys):
+    stopped.stop("1")
+    at = stopped.words.index("--out")
+    for words, said in ((stopped.words, "stopped; the same command goes on where it was\n"),
+                        (stopped.words[:at] + stopped.words[at + 2 :], "stopped\n")):
+        with pytest.raises(SystemExit, match="130"):
+            main(words)
+        assert capsys.readouterr().err.endswith(f"\r{said}")  # the bar is gone
+
+
 def test_a_line_that_a_kill_cut_short_is_asked_again(taught, stopped):
     stopped.stop("4")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         main(stopped.words)
     part = stopped.out.parent / "out.json.part0"
     about, first, second, third, _ = part.read_bytes().split(b"\n")
@@ -455,7 +521,7 @@ def test_a_line_that_a_kill_cut_short_is_asked_again(taught, stopped):
     other.write_bytes(b"\n".join((about, third, first, second[:-20])))
     part.unlink()
     stopped.stop("5")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         main(stopped.words)
     assert stopped.asked() == [2, 4, 5] and stopped.parts() == ["out.json.part0"]
     stopped.stop("none")
@@ -466,7 +532,7 @@ def test_a_line_that_a_kill_cut_short_is_asked_again(taught, stopped):
 
 def test_where_all_is_answered_only_the_results_are_written(taught, stopped):
     stopped.stop("5")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         main([*stopped.words, "--limit", "5"])
     part = stopped.out.parent / "out.json.part0"
     kept = part.read_bytes()
@@ -480,9 +546,9 @@ def test_where_all_is_answered_only_the_results_are_written(taught, stopped):
     stopped.check(taught)
 
 
-def test_answers_of_another_evaluation_are_refused_and_kept(taught, stopped, tmp_path):
+def test_answers_of_another_evaluation_are_refused_and_kept(taught, stopped, tmp_path, monkeypatch):
     stopped.stop("3")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         main(stopped.words)
     part = stopped.out.parent / "out.json.part0"
     kept = part.read_bytes()
@@ -509,17 +575,24 @@ def test_answers_of_another_evaluation_are_refused_and_kept(taught, stopped, tmp
     (tmp_path / "mine.py").write_text(STOPS + "\n# changed")
     with pytest.raises(SystemExit, match="another scorer"):
         main(stopped.words)
+    (tmp_path / "mine.py").write_text(STOPS)
+    (tmp_path / "rewards.py").write_text("# changed")
+    monkeypatch.setattr(rewards, "__file__", str(tmp_path / "rewards.py"))
+    with pytest.raises(SystemExit, match="another scorer"):
+        main(stopped.words)
     assert part.read_bytes() == kept and stopped.parts() == ["out.json.part0"]
 
 
 def test_rows_that_changed_below_the_same_name_are_refused(stopped, tmp_path):
     stopped.stop("3")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         main(stopped.words)
-    text = (tmp_path / "rows.jsonl").read_text().replace("Which?", "What?")
-    (tmp_path / "rows.jsonl").write_text(text)
-    with pytest.raises(SystemExit, match=r"another evaluation.*another data"):
-        main(stopped.words)
+    text = (tmp_path / "rows.jsonl").read_text()
+    for old, new in (("Which?", "What?"), ("<answer> 4 </answer>", "9")):
+        assert old in text
+        (tmp_path / "rows.jsonl").write_text(text.replace(old, new))
+        with pytest.raises(SystemExit, match=r"another evaluation.*another data"):
+            main(stopped.words)
 
 
 def test_a_damaged_file_and_a_folder_in_the_way_are_named(stopped):

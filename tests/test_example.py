@@ -39,6 +39,13 @@ def test_the_thoughts_of_the_distilled_set_are_kept_with_their_tags():
     assert found.solution == "<answer> 3 </answer>"
 
 
+@pytest.mark.parametrize("thinking", [["One.", "Two."], 7, {"text": "Hm."}, float("nan")])
+def test_a_thought_that_is_no_text_is_refused(thinking):
+    assert read(GOOD | {"thinking": None}).extra == {"thinking": None}
+    told = refused(GOOD | {"thinking": thinking})
+    assert told == f"thinking {thinking!r}: a text is expected"
+
+
 @pytest.mark.parametrize("ask", ["problem", "question", "prompt"])
 @pytest.mark.parametrize("gold", ["solution", "ground_truth", "answer"])
 @pytest.mark.parametrize("image", ["image", "images", "image_path", "file_name"])

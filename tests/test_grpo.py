@@ -1100,7 +1100,7 @@ def test_the_defaults_and_several_evals_are_accepted():
     [
         (["--model", "nowhere"], "model nowhere: neither a checkpoint"),
         (["--rewards", "acuracy", "--reward_weights", "1"], "accuracy"),
-        (["--data", "nowhere.jsonl"], "nowhere.jsonl: neither a .jsonl"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     ],
 )
 def test_main_tells_mistakes_in_one_line_and_leaves_no_folder(argv, told, folder, tmp_path):

@@ -20,6 +20,7 @@ from huggingface_hub.utils import filter_repo_objects
 from tiny_checkpoint import make_checkpoint
 from transformers import AutoModelForImageTextToText
 
+import hub
 from checkpoint import FILES, checkpoint_folder
 from data import Processor
 from hub import is_hub_id, snapshot
@@ -125,16 +126,17 @@ def test_what_the_cache_does_not_hold_is_told_offline(cache, name):
 
 @pytest.fixture
 def answering(monkeypatch, tmp_path):
-    """answering(status, code): a hub on this machine that answers everything so, and no cache."""
+    """answering(status, code): a hub on this machine that answers everything so, and no cache. Of
+    its answer of `length` bytes it sends two."""
     servers = []
 
-    def serve(status: int, code: str | None):
+    def serve(status: int, code: str | None, length: int = 2):
         class Hub(BaseHTTPRequestHandler):
             def do_GET(self):
                 self.send_response(status)
                 if code:
                     self.send_header("X-Error-Code", code)
-                self.send_header("Content-Length", "2")
+                self.send_header("Content-Length", str(length))
                 self.end_headers()
                 self.wfile.write(b"{}")
 
@@ -173,6 +175,29 @@ def test_a_hub_that_cannot_be_reached_is_told(answering, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(ValueError, match=r"acme/x is not in the hub's cache and the hub cannot be"):
         snapshot("acme/x", "model", FILES)
+
+
+def test_an_answer_that_is_cut_short_is_told(answering):
+    """What the HTTP package raises then is no OSError."""
+    answering(200, None, length=100)
+    with pytest.raises(ValueError, match=r"the hub cannot be asked: \S+"):
+        snapshot("acme/x", "model", FILES)
+
+
+@pytest.mark.parametrize("error, told", [
+    (hub.errors.HTTPError(""), "HTTPError"), (OSError(), "OSError"),
+    (RuntimeError("Task error: CAS Client Error\nmore"), "Task error: CAS Client Error"),
+])  # fmt: skip
+def test_an_error_without_a_message_is_told_by_its_name_and_of_others_a_line(
+    monkeypatch, error, told
+):
+    def stop(*args, **options):
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", stop)
+    with pytest.raises(ValueError) as caught:
+        snapshot("acme/x", "model", FILES)
+    assert str(caught.value).endswith(f"the hub cannot be asked: {told}")
 
 
 # ------------------------------------------------------------------------------------- checkpoints

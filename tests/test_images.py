@@ -237,7 +237,8 @@ def test_a_cell_that_holds_no_image_is_refused_shortly(tmp_path, cell, reason):
 @pytest.mark.parametrize(
     "name",
     ["/etc/hostname", "../secret.png", "a/../../secret.png", "in/../a.png", "link.png",
-     "linked/secret.png", "http://host/a.png", "file:///etc/hostname", "https://host/../a.png"],
+     "linked/secret.png", "http://host/a.png", "file:///etc/hostname", "https://host/../a.png",
+     "{}/link.png", "{}/in/../a.png", "{}/../secret.png", "{}/linked/secret.png", "{}-/a.png"],
 )  # fmt: skip
 def test_a_path_that_leaves_the_folder_is_refused(tmp_path, name):
     inside = tmp_path.resolve() / "inside"
@@ -246,9 +247,34 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path, name):
     picture().save(inside / "a.png")
     (inside / "link.png").symlink_to(tmp_path / "secret.png")
     (inside / "linked").symlink_to(tmp_path)
+    (tmp_path / "inside-").mkdir()
+    picture().save(tmp_path / "inside-" / "a.png")
+    name = name.format(inside)
     with pytest.raises(ValueError, match=r"leads out of|must be a path below") as caught:
         find_image(name, inside)
     assert f"image {name}: " in str(caught.value)
+
+
+def test_an_absolute_path_below_the_folder_is_read(tmp_path):
+    """Also by another name of the folder, for it is the file that has to lie below."""
+    inside = tmp_path.resolve() / "inside"
+    (inside / "in").mkdir(parents=True)
+    picture().save(inside / "in" / "a.png")
+    (tmp_path / "other").symlink_to(inside)
+    for name in (inside / "in" / "a.png", tmp_path / "other" / "in" / "a.png"):
+        assert find_image(str(name), inside) == str(inside / "in" / "a.png")
+    with pytest.raises(ValueError, match=r"inside/gone\.png: no such file$"):
+        find_image(str(inside / "gone.png"), inside)
+    with pytest.raises(ValueError, match=r"must be a path below .*/in \(--images names that fold"):
+        find_image(str(inside / "a.png"), inside / "in")
+
+
+def test_what_separates_folders_is_said_where_a_path_has_backslashes(tmp_path):
+    picture().save(tmp_path / "a\\b.png")
+    assert find_image("a\\b.png", tmp_path.resolve()) == str(tmp_path.resolve() / "a\\b.png")
+    for name in (".\\a.png", "C:\\data\\a.png", "in\\a.png"):
+        with pytest.raises(ValueError, match=r"a\.png: no such file; folders are separated by /"):
+            find_image(name, tmp_path.resolve())
 
 
 def test_a_link_that_stays_in_the_folder_is_followed(tmp_path):
@@ -267,8 +293,12 @@ def test_the_links_of_a_snapshot_of_the_hub_lead_to_its_blobs_and_nowhere_else(t
     (base / "a.png").symlink_to("../../../blobs/123")
     (base / "out.png").symlink_to("../../../../other.png")
     assert find_image("a.png", base) == str(base / "a.png")
-    with pytest.raises(ValueError, match=r"image out\.png: a link that leads out of"):
-        find_image("out.png", base)
+    assert find_image(str(base / "a.png"), base) == str(base / "a.png")
+    for name in ("out.png", str(base / "out.png")):
+        with pytest.raises(ValueError, match=r"out\.png: a link that leads out of"):
+            find_image(name, base)
+    with pytest.raises(ValueError, match="must be a path below"):
+        find_image(str(home / "blobs" / "123"), base)
     with pytest.raises(ValueError, match=r"gone\.png: no such file; if it is packed in a \.zip"):
         find_image("gone.png", base)
     plain = tmp_path.resolve() / "snapshots" / "abc"  # named so by chance

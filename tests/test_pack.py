@@ -12,8 +12,8 @@ from tiny_checkpoint import picture
 import shards
 from example import Example
 from images import open_image
-from pack import link, write_set
 from pack import picture as keep_picture
+from pack import write_set
 from rows import load_examples
 
 
@@ -92,10 +92,10 @@ def test_the_set_loads_as_any_other(verified, source):
 def test_a_set_is_written_whole_or_not_at_all(verified):
     out = verified.parent / "sft"
     with open(verified, "a") as file:
-        file.write(json.dumps({"id": "bad", "image": "images/q/9.png", "problem": "", "text": "",
-                               "solution": ""}) + "\n")  # fmt: skip
+        file.write(json.dumps({"id": "bad", "image": "images/q/9.png", "problem": "",
+                               "text": "<think>a</think>", "solution": ""}) + "\n")  # fmt: skip
     for _ in range(2):  # a second time over what the first left
-        with pytest.raises(ValueError, match=r"row 'bad': image .*9.png: no such file \(--images"):
+        with pytest.raises(ValueError, match=r"jsonl:231: image .*9.png: no such file .*--images"):
             write_set(verified, verified.parent, out)
         assert not out.exists()
     verified.write_text("".join(verified.read_text().splitlines(keepends=True)[:5]))
@@ -147,17 +147,29 @@ def test_a_file_is_named_where_it_is_or_brought_here(tmp_path):
     assert (tmp_path / "d" / name).read_bytes() == there.read_bytes()
 
 
-def test_a_link_becomes_a_copy_where_the_disk_has_none(tmp_path, monkeypatch):
-    (tmp_path / "a").write_text("a")
-    link(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "b").samefile(tmp_path / "a")
+def test_a_copy_of_a_picture_is_no_link_and_takes_the_place_of_an_old_one(verified):
+    """Who edits the user's picture does not change the set, nor the other way round."""
+    here = verified.parent
+    write_set(verified, here, here / "sft")
+    old, new = here / "images" / "q" / "0.png", here / "images" / "q" / "1.png"
+    assert not old.samefile(here / "sft" / "images" / "q" / "0.png")
+    for path in (old, new):
+        name = keep_picture(Example("", "", (str(path),)), "n", here.parent / "e" / "answers.jsonl")
+        copy = here.parent / "e" / name
+        assert copy.read_bytes() == path.read_bytes() and not copy.samefile(path)
+        assert [p.name for p in copy.parent.iterdir()] == ["n.png"]
 
-    def refuse(*_):
-        raise OSError("cross-device link")
 
-    monkeypatch.setattr("os.link", refuse)
-    link(tmp_path / "a", tmp_path / "c")
-    assert (tmp_path / "c").read_text() == "a" and not (tmp_path / "c").samefile(tmp_path / "a")
-    (tmp_path / "b2").write_text("b")
-    link(tmp_path / "a", tmp_path / "b2")
-    assert (tmp_path / "b2").read_text() == "b"  # there already
+def test_two_pictures_never_become_one(verified):
+    """a.png and images/a.png have one name in the set, which is fine if they are the same."""
+    here = verified.parent
+    row = {"problem": "", "text": "<think>a</think>1", "solution": "1"}
+    names = ("images/q/0.png", "q/0.png")
+    verified.write_text("".join(json.dumps({**row, "image": name}) + "\n" for name in names))
+    (here / "q").mkdir()
+    (here / "q" / "0.png").write_bytes((here / "images" / "q" / "1.png").read_bytes())
+    with pytest.raises(ValueError, match=r"verified.jsonl:2: image q/0.png: another picture"):
+        write_set(verified, here, here / "sft")
+    assert not (here / "sft").exists()
+    (here / "q" / "0.png").write_bytes((here / "images" / "q" / "0.png").read_bytes())
+    assert write_set(verified, here, here / "sft") == 2

@@ -278,6 +278,7 @@ def test_an_image_folder_is_read_by_its_metadata_of_each_split(tmp_path):
         ("dev.jsonl", "val"),
         ("validation/metadata.jsonl", "val"),
         ("default/train/0000.parquet", "train"),
+        ("train/-00000-of-00001.parquet", "train"),
         ("test/train.jsonl", "train"),
         ("strain.jsonl", ""),
         ("data/0000.parquet", ""),
@@ -314,6 +315,37 @@ def test_the_split_that_is_meant_is_found_or_asked_for():
         "test", "val", "train", ""]  # fmt: skip
 
 
+def test_where_another_split_is_taken_than_was_asked_for_it_is_told(tmp_path, capsys, monkeypatch):
+    for name, source, part, told in [
+        ("train", "", "test", "has no split 'test', but only 'train', which is taken"),
+        ("testmini", "", "test", "has no split 'test', but only 'testmini', which is taken"),
+        ("train", "", "train", ""), ("train_sft", "", "train", ""), ("validation", "", "val", ""),
+        ("validation", ":val", "train", ""), ("testmini", ":testmini", "test", ""),
+    ]:  # fmt: skip
+        folder = tmp_path / f"{name}{part}{source[1:]}"
+        write_parquet(folder / "data" / f"{name}-00000-of-00001.parquet", counted([1, 2]))
+        assert seeds(load_examples(f"{folder}{source}", part=part)) == [1, 2]
+        assert capsys.readouterr().err == (f"{folder}: {told}\n" if told else "")
+    assert len(load_examples(write(tmp_path / "named", GOOD), part="test")) == 1  # a plain file
+    assert len(load_examples(write(tmp_path / "any", GOOD, name="a.jsonl"), part="test")) == 1
+    assert len(load_examples(str(tmp_path / "any"), part="test")) == 1  # nothing says what it is
+    monkeypatch.setenv("RANK", "1")  # of torchrun's processes the first says it
+    assert len(load_examples(str(tmp_path / "traintest"), part="test")) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_jsonl_that_names_no_split_is_left_out_beside_shards_that_do(tmp_path, capsys):
+    """As pack.py writes a set: rows.jsonl has the rows of data/train-*.parquet once more."""
+    write(tmp_path, GOOD, GOOD, GOOD, name="rows.jsonl")
+    write_parquet(tmp_path / "data" / "train-00000-of-00001.parquet", counted([1, 2]))
+    assert seeds(load_examples(str(tmp_path))) == [1, 2]
+    assert seeds(load_examples(str(tmp_path), part="test")) == [1, 2]
+    assert "has no split 'test', but only 'train'" in capsys.readouterr().err
+    assert len(load_examples(str(tmp_path / "rows.jsonl"), part="test")) == 3
+    write_parquet(tmp_path / "other.parquet", counted([3]))
+    assert "but train, one without a name; name one" in refused(str(tmp_path), part="test")
+
+
 def test_rows_that_may_not_belong_together_are_not_mixed(tmp_path):
     for name in ("en/train.jsonl", "fr/train.jsonl", "two/train.jsonl"):
         write(tmp_path, GOOD, name=name)
@@ -337,10 +369,15 @@ def test_hidden_folders_are_not_looked_into(tmp_path):
 
 def test_a_source_that_is_nothing_of_all_this_is_refused(tmp_path):
     for source in (tmp_path / "no.jsonl", "data/no.parquet", "https://host/a.jsonl", "no"):
-        assert f"{source}: neither a .jsonl or .parquet file" in refused(str(source))
-    (tmp_path / "a.csv").write_text("a")
-    assert "neither" in refused(str(tmp_path / "a.csv"))
-    assert "holds no .parquet and no .jsonl" in refused(str(tmp_path))
+        told = f"{source}: no such file or folder; neither a .jsonl or .parquet file"
+        assert told in refused(str(source))
+    for name, told in (("a.csv", "neither"), ("a.json", "a .jsonl is expected, one JSON object")):
+        (tmp_path / name).write_text("[]")
+        assert f"{tmp_path / name}: {told}" in refused(str(tmp_path / name))
+    (tmp_path / "metadata.csv").write_text("file_name,question,answer\n")
+    told = refused(str(tmp_path))
+    assert "holds no .parquet and no .jsonl" in told
+    assert "a metadata.csv written as metadata.jsonl, which is read" in told
     assert "bad_rows 'ignore'" in refused(write(tmp_path, GOOD), bad_rows="ignore")
     assert "neither" in refused(write(tmp_path, GOOD) + ":train")
 
@@ -440,11 +477,12 @@ def test_a_set_that_was_checked_is_not_decoded_again(tmp_path, opened, cache):
     assert not list(cache.glob("*.new"))
 
 
-def test_what_was_checked_in_part_is_checked_when_all_is_wanted(tmp_path, opened):
+def test_what_was_checked_in_part_is_checked_when_all_is_wanted(tmp_path, opened, cache):
+    """A part is not remembered, so that no process waits for another to check it."""
     source = write_parquet(tmp_path / "a.parquet", counted(range(5)))
     for _ in range(2):
         load_examples(source, limit=4)
-    assert len(opened) == 8
+    assert len(opened) == 8 and not cache.exists()
     load_examples(source)
     assert len(opened) == 13
 

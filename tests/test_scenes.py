@@ -1,11 +1,16 @@
 """Chapter two of scenes.py: questions about scenes, drawn once and the same for ever."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 import scenes
 import world
-from scenes import load_world, parse_world
+from scenes import draw_chunk, load_world, parse_world
+from shards import alone
 
 
 @pytest.fixture
@@ -95,7 +100,8 @@ def test_a_scene_that_allows_no_question_of_the_kind_is_left_out(cache, monkeypa
 @pytest.mark.parametrize(
     "source, reason",
     [
-        ("world:A,objcts=3-10", "no option 'objcts'; did you mean objects?"),
+        ("world:A,objcts=3-10", "look, shapes; did you mean objects?"),
+        ("world:A:m=2", "no option 'm' among n, ask, seed, part, objects, size, look, shapes"),
         ("world:A,n", "cannot read n"),
         ("world:A,n=many", "cannot read n=many"),
         ("world:A,n=0", "expected n of 1 or more"),
@@ -129,7 +135,33 @@ def test_pictures_are_drawn_once_and_then_mapped_from_the_file(cache, monkeypatc
     base = again[0].images[0].base
     assert base is again[1].images[0].base and isinstance(base, np.ndarray)
     assert not again[0].images[0].flags.writeable
-    assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".npy"]
+    assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".lock", ".npy"]
+
+
+def test_of_several_that_start_at_once_one_draws_and_the_others_wait(cache, monkeypatch):
+    drawn, start = [], threading.Barrier(4)
+
+    def slow(split, n, options, first):
+        drawn.append(first)
+        time.sleep(0.05)
+        return draw_chunk(split, n, options, first)
+
+    def load(_):
+        start.wait()
+        return [e.images[0] for e in load_world("world:A:n=3")]
+
+    monkeypatch.setattr(scenes, "draw_chunk", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(load, range(4)))
+    assert drawn == [0]
+    pixels = world.render(world.make_scenes(3))
+    assert all(np.array_equal(images, pixels) for images in found)
+
+
+def test_a_world_that_is_there_is_read_while_its_lock_is_held(cache):
+    first = load_world("world:A:n=2")
+    with alone(next(cache.glob("*.npy"))):
+        assert load_world("world:A:n=2")[0].problem == first[0].problem
 
 
 def test_another_world_is_drawn_anew(cache, tmp_path, monkeypatch):
@@ -150,7 +182,7 @@ def test_a_drawing_that_is_broken_off_leaves_nothing_behind(cache, monkeypatch):
     monkeypatch.setattr(world, "render", stop)
     with pytest.raises(KeyboardInterrupt):
         load_world("world:A:n=4")
-    assert list(cache.iterdir()) == []
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
 def test_worker_processes_draw_what_one_process_draws(cache, monkeypatch):

@@ -3,9 +3,11 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import shards
-from shards import Lines, Table, digest, file_stamps, find
+from shards import Lines, Table, alone, digest, file_stamps, find
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +51,13 @@ def test_lines_are_found_by_their_places_whatever_ends_them(tmp_path):
 def test_a_line_that_is_no_object_is_refused_when_it_is_read(tmp_path, line, error):
     (tmp_path / "a.jsonl").write_text(line)
     with pytest.raises(ValueError, match=error):
+        Lines(tmp_path / "a.jsonl").fields(0)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-be"])
+def test_a_text_that_is_not_utf_8_says_how_to_mend_it(tmp_path, encoding):
+    (tmp_path / "a.jsonl").write_text('{"problem": "Où?"}', encoding=encoding)
+    with pytest.raises(ValueError, match=r"not UTF-8 \(.+\): save it as UTF-8$"):
         Lines(tmp_path / "a.jsonl").fields(0)
 
 
@@ -251,3 +260,23 @@ def test_a_stamp_changes_with_place_size_and_time(tmp_path, monkeypatch):
     moved = file_stamps([path.rename(tmp_path / "b")])
     assert len({first, later, longer, moved, file_stamps([path])}) == 5
     assert len({digest("ab", "c"), digest("a", "bc"), digest(b"abc")}) == 3
+
+
+def test_one_works_on_a_file_while_the_others_wait_and_find_it(cache):
+    made, start = [], threading.Barrier(4)
+
+    def make(name):
+        start.wait()
+        with alone(cache / name):
+            if not (cache / name).is_file():
+                made.append(name)
+                time.sleep(0.05)
+                (cache / name).write_text("")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(make, ["a.npy"] * 4))
+    assert made == ["a.npy"] and sorted(p.name for p in cache.iterdir()) == ["a.lock", "a.npy"]
+    with alone(cache / "a.npy"), alone(cache / "b.npy"):  # another file is not waited for
+        shutil.rmtree(cache)
+    with alone(cache / "a.npy"):
+        assert cache.is_dir()

@@ -45,11 +45,13 @@ def test_a_cut_last_line_is_passed_over_and_another_bad_one_named(tmp_path):
             list(read_rows(path))
 
 
-def test_a_key_that_is_no_text_is_named():
-    assert need({"id": "a", "b": ""}, "f.jsonl", "id", "b")["id"] == "a"
-    for row in ({"id": "a"}, {"id": "a", "b": 3}):
-        with pytest.raises(ValueError, match=r"f.jsonl: row 'a' has no text under 'b'"):
-            need(row, "f.jsonl", "id", "b")
+def test_a_key_that_is_no_text_is_named_with_its_line(tmp_path):
+    path = write(tmp_path / "f.jsonl", {"id": "a", "b": ""}, {"id": "a"}, {"b": 3})
+    (at, first), *bad = read_rows(path)
+    assert need(first, path, at, "id", "b")["id"] == "a"
+    for line, (at, row) in enumerate(bad, 2):
+        with pytest.raises(ValueError, match=rf"f.jsonl:{line}: has no text under 'b'"):
+            need(row, path, at, "b")
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -230,5 +232,5 @@ def test_a_row_to_learn_is_of_the_hubs_form():
 
 
 def test_a_row_that_was_not_verified_is_refused():
-    with pytest.raises(ValueError, match="the answer to 'a' has no thought; is it verified"):
+    with pytest.raises(ValueError, match="has no thought; is it verified"):
         to_learn({"id": "a", "problem": "", "solution": "5", "text": "5"})
