@@ -360,6 +360,7 @@ def train(cfg: Config) -> dict:
         if bad == 5:
             raise SystemExit(f"step {step}: no finite update in 5 steps, all were skipped. "
                              "Try a smaller --lr or --max_grad_norm, or --bf16 false.")
+    ahead.close()
     with seconds("eval"), half():
         if main_process:
             journal.log_probes(out, cfg.steps, policy, processor, probes, rewards, cfg.max_new)
