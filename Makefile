@@ -51,7 +51,7 @@ tiny: $(READY)  ## build the tiny checkpoint anew, from nothing, into tiny/ (abo
 controls: $(READY)  ## the control runs of README's picture: more flawed SFT, clean SFT, format only
 	$(PY) controls.py $(ARGS)
 
-paper: $(READY)  ## R1-V's claims in miniature: SFT on answers, on thoughts, and GRPO (about 40 minutes)
+paper: $(READY)  ## R1-V's claims in miniature: SFT on answers, on thoughts, and GRPO (14 minutes a seed)
 	$(PY) paper.py $(ARGS)
 
 pictures: $(READY)  ## README's pictures, from the world and from bench/controls.json

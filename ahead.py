@@ -23,12 +23,16 @@ import torch
 from data import Processor, Prompt
 from example import Example
 
+BESIDE = 4  # workers that keep up with a GPU, see LOG.md
+
 
 class Ahead:
     """Prompts of rows of a data set by their numbers, see above."""
 
     def __init__(self, processor: Processor, examples: Sequence, max_prompt=None, workers=0):
-        """max_prompt: tokens of a prompt at most; workers: processes, 0 for none."""
+        """max_prompt: tokens of a prompt at most; workers: processes, 0 for none, None for BESIDE
+        if there is a GPU that would wait for them, else none."""
+        workers = (BESIDE if torch.cuda.is_available() else 0) if workers is None else workers
         self.processor, self.examples, self.max_prompt = processor, examples, max_prompt
         self.begun: dict[int, Future] = {}
         # Rows that are read on demand are read by the workers. A list is in memory here: its rows

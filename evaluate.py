@@ -67,7 +67,8 @@ class Config:
     seed: int = opt(0, "fixes the samples, if any", least=0)
     min_pixels: int | None = opt(None, "pixels of an image at least; default: the checkpoint's")
     max_pixels: int | None = opt(None, "pixels of an image at most; default: the checkpoint's")
-    workers: int = opt(0, "processes that prepare the next batch's prompts; 0: none", least=0)
+    workers: int | None = opt(None, "processes that prepare the next batch's prompts; default: 4 "
+                              "beside a GPU, else 0", least=0)
     bf16: bool = opt(False, "compute in bfloat16")
 
     def check(self):
@@ -90,7 +91,7 @@ def evaluate(
     title: str = "evaluate",
     scorer: str = "accuracy",
     kept: "Kept | None" = None,
-    workers: int = 0,
+    workers: int | None = 0,
     **sampling,
 ) -> dict:
     """Answers to all examples: {"accuracy", "low", "high", "format", ..., "results": [...]}.

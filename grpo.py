@@ -56,7 +56,8 @@ class Config:
     min_pixels: int | None = opt(None, "pixels of an image at least; default: the checkpoint's")
     max_pixels: int | None = opt(None, "pixels of an image at most; default: the checkpoint's")
     max_prompt: int | None = opt(None, "refuse rows of more tokens at the start, or skip them")
-    workers: int = opt(0, "processes that prepare the next step's prompts; 0: none", least=0)
+    workers: int | None = opt(None, "processes that prepare the next step's prompts; default: 4 "
+                              "beside a GPU, else 0", least=0)
     out: str = opt("runs/grpo", "folder of the run")
     note: str = opt("", "a word to the reader of the report, at its head")
     seed: int = opt(0, "fixes data order and samples", least=0)

@@ -277,7 +277,7 @@ def page(folder: Path) -> str:
     logged = read(folder / "rollouts.jsonl")
     keys = ("model", "data", "steps", "prompts", "group", "batch", "rewards", "beta", "lr", "seed")
     plain = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in config.items()}
-    about = " · ".join(f"{k} <b>{esc(plain[k])}</b>" for k in keys if k in plain)
+    about = " · ".join(f"{k} <b>{esc(plain[k])}</b>" for k in keys if plain.get(k) is not None)
     late = f"Not finished: as of step {show(metrics[-1]['step'] if metrics else 0)}."
     notes = (about, esc(config.get("note") or ""), late * ("after" not in summary))
     parts = [("Curves", "A dot is a step, or lies beyond the edge that it is on; the line is their "

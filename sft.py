@@ -54,7 +54,8 @@ class Config:
     min_pixels: int | None = opt(None, "pixels of an image at least; default: the checkpoint's")
     max_pixels: int | None = opt(None, "pixels of an image at most; default: the checkpoint's")
     max_length: int | None = opt(None, "refuse rows of more tokens at the start, or skip them")
-    workers: int = opt(0, "processes that prepare the next step's prompts; 0: none", least=0)
+    workers: int | None = opt(None, "processes that prepare the next step's prompts; default: 4 "
+                              "beside a GPU, else 0", least=0)
     mask: str = opt("completion", "tokens that are learnt; all: prompts too, but no image tokens",
                     choices=("completion", "all"))
     out: str = opt("runs/sft", "folder of the run")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tiny_checkpoint import make_checkpoint, picture
 
-from ahead import Ahead
+from ahead import BESIDE, Ahead
 from data import Processor
 from example import Example
 
@@ -65,6 +65,14 @@ def test_workers_prepare_what_the_trainer_would(processor, two_workers):
         assert len(made) == len(rows)
         assert all(same(a, b) for a, b in zip(made, wanted))
         assert made[0].ids.dtype == torch.int64 and made[0].patches.dtype == torch.float32
+
+
+def test_there_are_workers_by_default_where_there_is_a_gpu(processor, monkeypatch):
+    for gpu, number in ((False, 0), (True, BESIDE)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        ahead = Ahead(processor, EXAMPLES, workers=None)
+        assert (ahead.pool._max_workers if ahead.pool else 0) == number
+        ahead.close()
 
 
 def test_what_is_expected_is_ready_when_it_is_asked_for_and_the_rest_is_dropped(two_workers):
