@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
-import openai
 from tqdm import tqdm
 
 LONGEST_WAIT = 600.0  # seconds; a server that asks for more is better asked another day
@@ -92,6 +91,15 @@ def key_from(variable: str) -> str:
     return key
 
 
+def client_package():
+    """The module openai, which only those need who ask a server. ValueError where it is missing."""
+    try:
+        import openai
+    except ModuleNotFoundError as error:
+        raise ValueError("asking a server needs a package: pip install openai") from error
+    return openai
+
+
 def ask_all(
     server: Server,
     requests: Iterable[tuple[object, list[dict]]],
@@ -116,6 +124,7 @@ class Asking:
 
     def __init__(self, server: Server, keep: Callable, bar: tqdm):
         self.server, self.keep, self.bar = server, keep, bar
+        self.openai = client_package()
         self.next = 0.0  # when the next request may start, by time.monotonic
         self.heard = False  # whether the server has ever replied
         self.failed, self.in_a_row = {}, 0
@@ -123,8 +132,8 @@ class Asking:
     async def all(self, requests) -> dict:
         """Runs `concurrency` workers over the requests; the first ValueError stops all."""
         s, queue = self.server, iter(requests)
-        timeout = openai.Timeout(s.timeout, connect=min(s.timeout, 10.0))
-        async with openai.AsyncOpenAI(
+        timeout = self.openai.Timeout(s.timeout, connect=min(s.timeout, 10.0))
+        async with self.openai.AsyncOpenAI(
             api_key=s.key, base_url=s.base_url, timeout=timeout, max_retries=0
         ) as client:
             workers = [asyncio.create_task(self.work(client, queue)) for _ in range(s.concurrency)]
@@ -165,10 +174,10 @@ class Asking:
                 )
                 self.heard = True
                 return read_answer(reply.content)
-            except openai.APIStatusError as error:
+            except self.openai.APIStatusError as error:
                 self.heard = True
                 reason, wait = self.refused(error), told_wait(error.response.headers)
-            except (openai.APIConnectionError, Failed) as error:
+            except (self.openai.APIConnectionError, Failed) as error:
                 reason, wait = self.unheard(error), None
             if attempt < s.retries:
                 doubled = s.backoff * 2**attempt * random.uniform(0.75, 1.25)
@@ -209,7 +218,7 @@ class Asking:
         if not self.heard and type(error.__cause__).__name__.startswith("Connect"):
             raise ValueError(f"{self.server.base_url}: cannot be reached ({reason}); "
                              "is the address right, and the server running?") from None
-        late = isinstance(error, openai.APITimeoutError)
+        late = isinstance(error, self.openai.APITimeoutError)
         return f"no answer within {self.server.timeout:g} s" if late else reason
 
 

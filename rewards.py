@@ -182,9 +182,9 @@ def load_rewards(names, weights=()):
     """[(name, function, weight)] for names as in the config: one of REWARDS, or one's own as
     "path/to/file.py:function" (its name is then the function's). Weights default to 1 each.
 
-    ValueError if a name is unknown or given twice, a file or function is missing, a function
-    cannot be called as f(text, example), or weights are not as many as rewards. The file is run
-    with the rights of this process; an error in it is shown as it is.
+    ValueError if a name is unknown or given twice, a file, a function or a package is missing, a
+    function cannot be called as f(text, example), or weights are not as many as rewards. The file
+    is run with the rights of this process; an error in it is shown as it is.
     """
     if not names:
         raise ValueError(f"rewards: none given; known are {', '.join(REWARDS)}")
@@ -192,6 +192,8 @@ def load_rewards(names, weights=()):
         raise ValueError(f"reward weights: {len(weights)} for {len(names)} rewards "
                          f"({', '.join(names)}); give one each, or none for 1 each")
     loaded = {}
+    if {"math", "r1v_accuracy"} & {*names} and importlib.util.find_spec("math_verify") is None:
+        raise ValueError("rewards math and r1v_accuracy need a package: pip install math-verify")
     for name, weight in zip(names, weights or [1.0] * len(names)):
         short, function = (name, REWARDS[name]) if name in REWARDS else load_own(name)
         if short in loaded:

@@ -14,6 +14,8 @@ from chat_server import CUT, ChatServer, Reply
 
 from chat import Answer, Failed, Server, ask_all, key_from, read_answer, told_wait
 
+pytest.importorskip("openai")
+
 KEY = "sk-very-secret-0123456789"
 
 

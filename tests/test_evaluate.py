@@ -365,6 +365,7 @@ def test_where_there_is_no_run_a_model_must_be_given(tmp_path, monkeypatch):
 
 
 def test_the_scorer_says_what_is_right(taught, tmp_path):
+    pytest.importorskip("math_verify")
     found = {name: evaluate(taught.model, taught.processor, EXAMPLES, 5, NEW, scorer=name)
              for name in ("count", "geoqa", "math", "r1v_format")}  # fmt: skip
     right = {name: [r["accuracy"] for r in x["results"]] for name, x in found.items()}

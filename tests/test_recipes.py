@@ -63,6 +63,7 @@ def rows(tmp_path_factory):
 def test_a_published_recipe_takes_two_steps(path, checkpoints, rows, tmp_path):
     """With its own rewards, template, pixels, optimizer, schedule, and bfloat16; to the rewards one
     is added that a random model can earn, so that there is something to learn from."""
+    pytest.importorskip("math_verify")
     (tmp_path / "mine.py").write_text("def vowels(text, example):\n"
                                       "    return sum(c in 'aeiou' for c in text)\n")
     text = path.read_text()

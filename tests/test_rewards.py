@@ -6,12 +6,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import math_verify
 import pytest
 
 import rewards
 import verify
 from rewards import ANSWER, REWARDS, THINK, final_answer, gold_answer, load_rewards, same
+
+math_verify = pytest.importorskip("math_verify")  # the oracle
 
 R1V_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 R1V_ANSWER = re.compile(r"<answer>(.*?)</answer>")
@@ -405,3 +406,11 @@ def test_the_tag_words_stand_in_one_place():
     for name, reward in other["REWARDS"].items():
         assert reward("<t>so</t> <a>3</a>", gold("<a>3</a>")) == 1, name
         assert reward(say("3"), gold("<a>3</a>")) == 0, name
+
+
+@pytest.mark.parametrize("name", ["math", "r1v_accuracy"])
+def test_a_missing_math_verify_is_told_before_a_run_starts(name, monkeypatch):
+    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install math-verify"):
+        load_rewards(("format", name))
+    assert load_rewards(("format", "accuracy"))
