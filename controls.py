@@ -50,19 +50,27 @@ class Config:
     plot_only: bool = opt(False, "draw the picture of the results that are there")
 
 
-def run_sft(cfg, run: grpo.Config, evals: dict, overlook: float, styles, out: Path) -> dict:
-    """SFT of the start on the rows of the run, one pass, by a teacher; its evaluation."""
+def learn(run: grpo.Config, teach, out: Path) -> tuple[Qwen2VL, Processor]:
+    """SFT of the start on the rows of the run, one pass with its prompt, steps and optimizer; the
+    checkpoint goes to `out`. teach(example) is the text to learn."""
     model = Qwen2VL.from_pretrained(run.model, device=parallel.start())
     processor = Processor.from_pretrained(run.model, run.template)
-    rng = np.random.default_rng((run.seed, 5))
     examples = load_examples(run.data, run.images, part="train")
-    rows = [taught(e, taught_answer(e.extra["scene"], e.extra, overlook, rng, styles))
-            for e in examples]  # fmt: skip
+    rows = [taught(example, teach(example)) for example in examples]
     stage = SFTConfig(steps=run.steps, batch=run.prompts, micro=run.prompts, seed=run.seed,
                       optimizer=run.optimizer, lr=run.lr, schedule=run.schedule, warmup=run.warmup)
     list(fit(model, processor, rows, stage, title=out.name))
     shutil.rmtree(out, ignore_errors=True)
     save_checkpoint(model, processor, out / f"step_{run.steps:06d}")
+    return model, processor
+
+
+def run_sft(cfg, run: grpo.Config, evals: dict, overlook: float, styles, out: Path) -> dict:
+    """SFT by a teacher who overlooks and speaks so; its evaluation."""
+    rng = np.random.default_rng((run.seed, 5))
+    model, processor = learn(
+        run, lambda e: taught_answer(e.extra["scene"], e.extra, overlook, rng, styles), out
+    )
     return evaluate_all(model, processor, evals, run.max_new, out, "after")
 
 
@@ -97,18 +105,21 @@ def run_all(cfg: Config) -> dict:
             "python": platform.python_version(), "results": found, "curves": thin}  # fmt: skip
 
 
+def cell(values: list[float]) -> str:
+    """Mean, and lowest and highest where they differ."""
+    spread = f" ({min(values):.3f}-{max(values):.3f})" if max(values) > min(values) else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
 def show(found: dict) -> str:
     """A Markdown table: greedy accuracy, mean over seeds, lowest and highest beside it."""
     kinds = [k for k in COLOURS if k in found["results"]]
     names = list(found["results"][kinds[0]])
     lines = ["| | " + " | ".join(names) + " | format on A |", "|---" * (len(names) + 2) + "|"]
     for kind in kinds:
-        cells = []
-        for name in names:
-            x = [s["accuracy"] for s in found["results"][kind][name]]
-            spread = f" ({min(x):.3f}-{max(x):.3f})" if max(x) > min(x) else ""
-            cells.append(f"{np.mean(x):.3f}{spread}")
-        form = np.mean([s["format"] for s in found["results"][kind][names[0]]])
+        results = found["results"][kind]
+        cells = [cell([s["accuracy"] for s in results[name]]) for name in names]
+        form = np.mean([s["format"] for s in results[names[0]]])
         lines.append(f"| {kind} | " + " | ".join(cells) + f" | {form:.2f} |")
     return "\n".join(lines)
 
@@ -150,15 +161,20 @@ def plot(found: dict, path: str) -> None:
     fig.savefig(path, dpi=130)
 
 
-def main(argv=None) -> None:
-    cfg = parse(Config, argv, __doc__)
-    if not cfg.plot_only:
-        write_json(run_all(cfg), cfg.out)
+def present(cfg, show, plot) -> None:
+    """Prints show() and draws plot() of the results in cfg.out. SystemExit if there are none."""
     if not Path(cfg.out).is_file():
         raise SystemExit(f"error: {cfg.out}: no results; run without --plot_only first")
     found = json.loads(Path(cfg.out).read_text())
     print(show(found))
     plot(found, cfg.picture)
+
+
+def main(argv=None) -> None:
+    cfg = parse(Config, argv, __doc__)
+    if not cfg.plot_only:
+        write_json(run_all(cfg), cfg.out)
+    present(cfg, show, plot)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ from PIL import Image
 
 from checkpoint import checkpoint_folder
 from config import save_json
-from data import Prompt, open_image
+from data import Prompt
 from hub import is_hub_id
+from images import open_image
 from rollout import Rollout, sample
 
 

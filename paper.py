@@ -32,14 +32,12 @@ import grpo
 import parallel
 import world
 from config import opt, parse, read
+from controls import cell, learn, present
 from data import Processor
 from evaluate import evaluate, load_evals
-from journal import newest_checkpoint, save_checkpoint, write_json
+from journal import newest_checkpoint, write_json
 from model import Qwen2VL
 from rewards import ANSWER, THINK
-from rows import load_examples
-from sft import Config as SFTConfig
-from sft import fit, taught
 
 EVALS = ("A=world:A:n=500", "A_attribute=world:A:n=500:ask=attribute", "B=world:B:n=500",
          "C=world:C:n=500")  # fmt: skip
@@ -106,14 +104,7 @@ def train(name: str, recipe: str, seed: int) -> str:
     if isinstance(learns, tuple):
         grpo.train(replace(base, rewards=learns, probes=0))
         return newest_checkpoint(str(out))
-    model = Qwen2VL.from_pretrained(base.model, device=parallel.start())
-    processor = Processor.from_pretrained(base.model, template)
-    rows = [taught(example, TARGETS[learns](example)) for example in load_examples(base.data)]
-    stage = SFTConfig(steps=base.steps, batch=base.prompts, micro=base.prompts, seed=seed,
-                      optimizer=base.optimizer, lr=base.lr, schedule=base.schedule,
-                      warmup=base.warmup)  # fmt: skip
-    list(fit(model, processor, rows, stage, title=f"{name}, seed {seed}"))
-    save_checkpoint(model, processor, out / f"step_{base.steps:06d}")
+    learn(base, TARGETS[learns], out)
     return newest_checkpoint(str(out))
 
 
@@ -159,12 +150,6 @@ def summaries(found: dict, name: str, own: bool = True) -> dict[str, list[dict]]
     prompt = next(p for p in PROMPTS if (p == METHODS[name][0]) == own)
     runs = [run[prompt] for run in found["results"][name].values()]
     return {key: [run[key] for run in runs] for key in runs[0]}
-
-
-def cell(values: list[float]) -> str:
-    """Mean, and lowest and highest where they differ."""
-    spread = f" ({min(values):.3f}-{max(values):.3f})" if max(values) > min(values) else ""
-    return f"{np.mean(values):.3f}{spread}"
 
 
 def show(found: dict) -> str:
@@ -224,11 +209,7 @@ def main(argv=None) -> None:
     cfg = parse(Config, argv, __doc__)
     if not cfg.plot_only:
         run_all(cfg)
-    if not Path(cfg.out).is_file():
-        raise SystemExit(f"error: {cfg.out}: no results; run without --plot_only first")
-    found = json.loads(Path(cfg.out).read_text())
-    print(show(found))
-    plot(found, cfg.picture)
+    present(cfg, show, plot)
 
 
 if __name__ == "__main__":

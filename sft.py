@@ -141,22 +141,24 @@ def text_logp(model: Qwen2VL, prompts: list[Prompt], targets: list[list[int]]) -
 # ---------------------------------------------------------------------------------------- the steps
 
 
-def step_loss(model, processor, prompts: list[Prompt], cfg: Config, learn: bool) -> float:
-    """Loss of the rows of all processes together; with `learn` its gradient is left in the model,
-    summed over processes, whatever `micro` is."""
+def targets_of(processor: Processor, prompts: list[Prompt], mask: str) -> tuple[list, int]:
+    """The target ids of some prompts, and how many tokens of both the loss counts."""
     targets = [target_ids(processor, completion_of(p.example)) for p in prompts]
-    counts = [learnt_tokens(p, ids, cfg.mask) for p, ids in zip(prompts, targets)]
-    tokens = int(parallel.total(torch.tensor(sum(counts), device=model.device)))
+    return targets, sum(learnt_tokens(p, ids, mask) for p, ids in zip(prompts, targets))
+
+
+def step_loss(model, processor, prompts: list[Prompt], cfg: Config) -> float:
+    """Loss of the rows of all processes together; its gradient is left in the model, summed over
+    processes, whatever `micro` is."""
+    targets, count = targets_of(processor, prompts, cfg.mask)
+    tokens = int(parallel.total(torch.tensor(count, device=model.device)))
     found = torch.zeros((), dtype=torch.float64, device=model.device)
     for i in range(0, len(prompts), cfg.micro):
         some = slice(i, i + cfg.micro)
-        with torch.set_grad_enabled(learn):
-            loss = sft_loss(model, prompts[some], targets[some], tokens, cfg.mask)
-        if learn:
-            loss.backward()
+        loss = sft_loss(model, prompts[some], targets[some], tokens, cfg.mask)
+        loss.backward()
         found += loss.detach()
-    if learn:
-        parallel.sum_gradients(model)
+    parallel.sum_gradients(model)
     return float(parallel.total(found))
 
 
@@ -177,7 +179,7 @@ def fit(model, processor, examples: Sequence[Example], cfg: Config, title="sft")
         now, then = (draw_rows(len(examples), cfg.seed, s * cfg.batch + first, count)
                      for s in (step - 1, step))  # fmt: skip
         with half():
-            nll = step_loss(model, processor, ahead(now, expected=then), cfg, learn=True)
+            nll = step_loss(model, processor, ahead(now, expected=then), cfg)
         norm = apply_gradients(model, optimizers, cfg.max_grad_norm, nll)
         bar.set_postfix(nll=f"{nll:.3f}")
         bad = bad + 1 if norm is None else 0
@@ -200,9 +202,9 @@ def held_out_loss(model, processor, examples: Sequence[Example], cfg: Config) ->
     for i in range(first, first + count, cfg.micro):
         rows = range(i, min(i + cfg.micro, first + count))
         prompts = [processor.prompt(examples[k]) for k in rows]
-        targets = [target_ids(processor, completion_of(p.example)) for p in prompts]
+        targets, learnt = targets_of(processor, prompts, cfg.mask)
         found[0] += sft_loss(model, prompts, targets, 1, cfg.mask)
-        found[1] += sum(learnt_tokens(p, ids, cfg.mask) for p, ids in zip(prompts, targets))
+        found[1] += learnt
     total, tokens = parallel.total(found).tolist()
     return total / tokens
 
@@ -222,6 +224,7 @@ def setup(cfg: Config, device: str) -> tuple:
     examples = load_examples(cfg.data, cfg.images, "train", bad_rows=cfg.bad_rows)
     held_out = load_examples(cfg.held_out, cfg.images, "val") if cfg.held_out else ()
     evals = load_evals(cfg.evals)
+
     def length(example: Example) -> int:
         return processor.length(example) + len(target_ids(processor, completion_of(example)))
 

@@ -31,11 +31,11 @@ import world
 from checkpoint import ModelConfig
 from config import opt, parse
 from data import PREPROCESSOR, Processor
+from example import Example
 from eye import WORLDS, train_eye
 from journal import save_checkpoint, write_json
 from model import Qwen2VL
 from rewards import ANSWER, THINK
-from rows import Example
 from sft import Config as SFTConfig
 from sft import fit, taught
 from template import TEMPLATES
