@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hub import is_hub_id, snapshot
 
@@ -197,14 +198,15 @@ def read_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{folder}/config.json: {error}") from error
 
 
-def read_weights(folder: Path, shapes: dict[str, tuple], tied: bool, dtype, device) -> dict:
-    """The weights called `shapes`, of those shapes, from the safetensors of a folder.
+def read_weights(folder: Path, wanted: dict[str, Tensor], tied: bool, dtype, device) -> dict:
+    """The weights called `wanted`, of those shapes, from the safetensors of a folder; of one that
+    is shared out among processes (DTensor) the slice that is this process's.
 
     tied: lm_head.weight is model.embed_tokens.weight, and need not be there. FileNotFoundError for
     a missing file; ValueError with the names and shapes of weights that are missing, not expected
     or of another shape, and for a head that should be tied and has other numbers.
     """
-    found, problems = {}, []
+    found, problems, shapes = {}, [], {k: tuple(v.shape) for k, v in wanted.items()}
     for file in weight_files(folder):
         with open_weights(file) as f:
             for key in f.keys():  # noqa: SIM118 (safe_open is no dict)
@@ -221,8 +223,9 @@ def read_weights(folder: Path, shapes: dict[str, tuple], tied: bool, dtype, devi
         more = [f"and {len(told) - 20} more"] if len(told) > 20 else []
         raise ValueError(f"{folder}: weights do not fit config.json\n  " +
                          "\n  ".join(told[:20] + more))
-    state = {k: read_weight(*place, dtype, device) for k, place in found.items()}
-    if tied and not torch.equal(state.setdefault(head, state[embedding]), state[embedding]):
+    state = {k: like(read_weight(*place, dtype, device), wanted[k]) for k, place in found.items()}
+    if tied and not torch.equal(*map(local, (state.setdefault(head, state[embedding]),
+                                             state[embedding]))):
         raise ValueError(f"{folder}: config.json has tie_word_embeddings true, but {head} is not "
                          f"{embedding}: set it to false")
     return state
@@ -254,6 +257,18 @@ def read_weight(file: Path, key: str, dtype, device) -> Tensor:
     opened for each; tests/test_checkpoint.py measures the memory."""
     with open_weights(file, device) as f:
         return f.get_tensor(key).to(dtype, copy=True)
+
+
+def like(whole: Tensor, weight: Tensor) -> Tensor:
+    """Of a whole tensor the slice that this process has of `weight`; all of it if it has all."""
+    if not isinstance(weight, DTensor):
+        return whole
+    return distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process has of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def hub_name(key: str) -> str:

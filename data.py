@@ -87,6 +87,15 @@ def collate(prompts: list[Prompt]) -> Batch:
     )
 
 
+def with_picture(prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts; if none has a picture, the first gets a blank one that no token stands for: what
+    the vision tower runs on where other processes have pictures, and wait for its gradients."""
+    if any(len(p.grid) for p in prompts):
+        return prompts
+    blank = prompts[0].patches.new_zeros(4, prompts[0].patches.shape[1])
+    return [replace(prompts[0], patches=blank, grid=torch.tensor([[1, 2, 2]])), *prompts[1:]]
+
+
 # ---------------------------------------------------------------------------------------- processor
 
 MARKUP = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")

@@ -332,17 +332,16 @@ def run_rescore(cfg: Config) -> dict:
 
 def main(argv=None) -> dict:
     cfg = parse(Config, argv, __doc__)
-    try:
-        return run_rescore(cfg) if cfg.rescore else run(cfg)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        goes_on = "; the same command goes on where it was"
-        if parallel.rank() == 0:
-            print(f"stopped{goes_on if cfg.out and not cfg.rescore else ''}", file=sys.stderr)
-        raise SystemExit(130) from None
-    finally:
-        parallel.stop()
+    goes_on = "; the same command goes on where it was" if cfg.out and not cfg.rescore else ""
+    with parallel.together():
+        try:
+            return run_rescore(cfg) if cfg.rescore else run(cfg)
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"error: {error}") from error
+        except KeyboardInterrupt:
+            if parallel.rank() == 0:
+                print(f"stopped{goes_on}", file=sys.stderr)
+            raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

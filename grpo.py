@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import deal
 import journal
 import parallel
 import report
@@ -94,6 +95,8 @@ class Config:
     max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm", above=0)
     micro_prompts: int = opt(4, "prompts, with completions, per forward and backward", least=1)
     bf16: bool = opt(False, "compute in bfloat16; weights and optimizer stay float32")
+    shard_group: int | None = opt(None, "processes that share one copy of the weights (HSDP), as "
+                                  "those of a machine; default: all", least=1)
     recompute: bool = opt(False, "keep only the inputs of blocks for the backward pass")
 
     evals: tuple[str, ...] = opt((), "NAME=SOURCE, scored greedily before and after")
@@ -225,12 +228,11 @@ def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
     The gradient of a step is that of sum(weights x token loss) over the whole batch, whatever
     `micro_prompts` is. A step whose loss or gradient is not finite is skipped and counted.
     """
+    rollout, adv, even = deal.deal_out(rollout, adv)
     mask = rollout.mask & (rollout.finished[..., None] | (not cfg.mask_truncated))
     tokens = parallel.total(mask.sum())
     weights = token_weights(mask, cfg.mean, cfg.prompts * cfg.group, cfg.max_new, tokens)
-    rows = list(range(len(rollout.prompts)))
-    micros = [rows[i : i + cfg.micro_prompts] for i in range(0, len(rows), cfg.micro_prompts)]
-    parts = [(rollout.select(m), adv[m][..., None], mask[m], weights[m]) for m in micros]
+    parts = deal.micro_batches(rollout, adv, mask, weights, cfg.micro_prompts)
 
     def frozen(policy):  # (B, G, T) of each micro-batch, without gradient
         with torch.no_grad():
@@ -241,7 +243,7 @@ def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
     skipped = 0
     for _ in range(cfg.updates_per_batch):
         sums = defaultdict(float, tokens=float(rollout.mask.sum()))
-        for (part, a, m, w), ref, old in zip(parts, refs, olds):
+        for (part, a, m, w, counted), ref, old in zip(parts, refs, olds):
             logp, entropy = score(model, part, cfg.temperature, banned)
             old = logp.detach() if old is None else old
             ratio = importance_ratio(logp, old, m, cfg.ratio)
@@ -249,22 +251,21 @@ def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
             if reference:
                 kl = k3(logp, ref)
                 token_loss = token_loss + cfg.beta * kl
-                sums["kl"] += float((kl.detach() * part.mask).sum())
+                sums["kl"] += float((kl.detach() * counted).sum())
             loss = (w * token_loss).sum()
             loss.backward()
             sums["loss"] += float(loss.detach())
-            sums["entropy"] += float(entropy.sum())
+            sums["entropy"] += float((entropy * counted).sum())
             high, low = (ratio > 1 + cfg.clip_high) & (a > 0), (ratio < 1 - cfg.clip_low) & (a < 0)
-            sums["clip_share"] += float(((high | low) & part.mask).sum())
-            sums["mismatch"] += float(((part.logp - old).abs().exp() * part.mask).sum())
-        parallel.sum_gradients(model)
-        counted = torch.tensor(list(sums.values()), dtype=torch.float64, device=adv.device)
-        sums = dict(zip(sums, parallel.total(counted).tolist()))
-        norm = apply_gradients(model, optimizers, cfg.max_grad_norm, sums["loss"])
-        skipped += norm is None
+            sums["clip_share"] += float(((high | low) & counted).sum())
+            sums["mismatch"] += float(((part.logp - old).abs().exp() * counted).sum())
+        found = torch.tensor(list(sums.values()), dtype=torch.float64, device=adv.device)
+        sums = dict(zip(sums, parallel.total(found).tolist()))
+        norms = apply_gradients(model, optimizers, cfg.max_grad_norm, sums["loss"])
+        skipped += norms["grad_norm"] is None
     loss, tokens = sums.pop("loss"), sums.pop("tokens")
     means = {k: v / tokens for k, v in sums.items()}
-    return {"loss": loss, **means, "grad_norm": norm, "skipped": skipped}
+    return {"loss": loss, **means, **norms, "skipped": skipped, "balance": even}
 
 
 # ---------------------------------------------------------------------------------------- the run
@@ -307,9 +308,10 @@ def setup(cfg: Config, device: str, seconds: Seconds) -> tuple:
         evals = load_evals(cfg.evals)
     examples = without_long(examples, processor.length, "max_prompt", cfg.max_prompt, cfg.bad_rows)
     with seconds("tiny"):
-        policy = Qwen2VL.from_pretrained(folder, device=device)
-        policy = policy.recompute_blocks() if cfg.recompute else policy
-        reference = Qwen2VL.from_pretrained(folder, device=device) if cfg.beta else None
+        shard = partial(parallel.shard, device=device, bf16=cfg.bf16, group=cfg.shard_group)
+        load = partial(Qwen2VL.from_pretrained, folder, device=device, shard=shard)
+        policy = load().recompute_blocks() if cfg.recompute else load()
+        reference = load() if cfg.beta else None
     out = journal.run_folder(cfg.out, cfg) if parallel.rank() == 0 else None
     return processor, rewards, examples, evals, policy, reference, parallel.gathered(out)[0]
 
@@ -326,7 +328,7 @@ def train(cfg: Config) -> dict:
     half = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=cfg.bf16)
     ahead = Ahead(processor, examples, cfg.max_prompt, cfg.workers)
     probes = [processor.prompt(e) for e in islice(next(iter(evals.values()), examples), cfg.probes)]
-    with seconds("eval"), half():
+    with seconds("eval"), half(), parallel.whole_weights(policy):
         before = evaluate_all(policy, processor, evals, cfg.max_new, out, "before")
 
     names, main_process = [name for name, _, _ in rewards], parallel.rank() == 0
@@ -334,10 +336,9 @@ def train(cfg: Config) -> dict:
     bar = tqdm(range(1, cfg.steps + 1), desc="grpo", unit="step", disable=not main_process)
     for step in bar:  # 4: for step = 1, ..., M
         set_lr(optimizers, lr := cfg.lr * schedule(step, cfg.steps, cfg.warmup, cfg.schedule))
-        with seconds("log"), half():
+        with seconds("sample"), half(), parallel.whole_weights(policy):
             if main_process and (step - 1) % cfg.probe_every == 0:
                 journal.log_probes(out, step - 1, policy, processor, probes, rewards, cfg.max_new)
-        with seconds("sample"), half():
             # 5: sample a batch    7: sample G outputs for each question    8: compute rewards
             rollout, table, drawn = sample_batch(policy, ahead, rewards, drawn, cfg)
         # 9: compute the advantages through group relative estimation
@@ -356,13 +357,13 @@ def train(cfg: Config) -> dict:
                 journal.append(out / "metrics.jsonl", row)
                 if step == 1 or step % cfg.probe_every == 0:
                     journal.log_rollout(out, step, rollout, names, table, reward, adv)
-                if step == cfg.steps or step % cfg.save_every == 0:
-                    journal.save_checkpoint(policy, processor, out / f"step_{step:06d}")
+            if step == cfg.steps or step % cfg.save_every == 0:
+                journal.save_checkpoint(policy, processor, out / f"step_{step:06d}")
         if bad == 5:
             raise SystemExit(f"step {step}: no finite update in 5 steps, all were skipped. "
                              "Try a smaller --lr or --max_grad_norm, or --bf16 false.")
     ahead.close()
-    with seconds("eval"), half():
+    with seconds("eval"), half(), parallel.whole_weights(policy):
         if main_process:
             journal.log_probes(out, cfg.steps, policy, processor, probes, rewards, cfg.max_new)
         after = evaluate_all(policy, processor, evals, cfg.max_new, out, "after")
@@ -378,10 +379,8 @@ def train(cfg: Config) -> dict:
 
 def main(argv=None) -> dict:
     cfg = parse(Config, argv, __doc__)
-    try:
+    with parallel.together():
         return train(cfg)
-    finally:
-        parallel.stop()
 
 
 if __name__ == "__main__":

@@ -474,6 +474,16 @@ class Qwen2VL(nn.Module):
             x = x.index_copy(0, image_at, features.to(x.dtype))
         return self.model(x, positions, layout, cache)
 
+    def run(self, ids, positions, layout: Layout, batch, cache: Cache | None = None) -> Tensor:
+        """`forward` with the pictures of a batch (data.Batch), if any: patches (P, C), grid (n, 3)
+        and places image_at (I,). Where it has pictures but no places, they are a dummy that gives
+        the tower something to run, and a gradient of zeros."""
+        if not len(batch.grid):
+            return self.forward(ids, positions, layout, cache=cache)
+        features = self.visual(batch.patches, batch.grid)
+        features = features if len(batch.image_at) else features[:0]
+        return self.forward(ids, positions, layout, features, batch.image_at, cache)
+
     def recompute_blocks(self) -> "Qwen2VL":
         """Activation checkpointing: a block keeps only its input for the backward pass, which runs
         it once more. A third more arithmetic, the same gradient (tests/test_model.py); without it
@@ -498,18 +508,20 @@ class Qwen2VL(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, name, dtype=torch.float32, device="cpu") -> "Qwen2VL":
+    def from_pretrained(cls, name, dtype=torch.float32, device="cpu", shard=None) -> "Qwen2VL":
         """A checkpoint of either family: a folder, or its id on the hub. Runs no code of it.
 
+        shard: shares out the weights of a model on the meta device (parallel.shard); of each weight
+        that is read this process then keeps its slice.
         Errors: FileNotFoundError, ValueError, see checkpoint.checkpoint_folder and read_weights.
         """
         folder = checkpoint_folder(name)
         cfg = read_config(folder)
         with torch.device("meta"):
             model = cls(cfg)
-        shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-        tied = cfg.tie_word_embeddings
-        model.load_state_dict(read_weights(folder, shapes, tied, dtype, device), assign=True)
+        model = shard(model) if shard else model
+        tied, wanted = cfg.tie_word_embeddings, model.state_dict()
+        model.load_state_dict(read_weights(folder, wanted, tied, dtype, device), assign=True)
         if tied:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model

@@ -8,6 +8,10 @@ import math
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
+
+from checkpoint import like
+from parallel import full
 
 
 def make_optimizers(model, kind: str, lr: float, weight_decay: float = 0.0) -> list:
@@ -24,10 +28,33 @@ def make_optimizers(model, kind: str, lr: float, weight_decay: float = 0.0) -> l
     found = [torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay)]
     if matrix:
         inner = [p for n, p in named if n in matrix]
-        found.append(torch.optim.Muon(
+        found.append(Muon(
             inner, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
         ))  # fmt: skip
     return found
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon, which needs whole matrices: one that is shared out among processes is
+    gathered, with gradient and momentum, for its step. Each process then does all of that work."""
+
+    @torch.no_grad()
+    def step(self):
+        """One step; a weight without a gradient stays."""
+        settings = self.defaults.keys()
+        for group in self.param_groups:
+            if not any(isinstance(p, DTensor) for p in group["params"]):
+                super().step()
+                continue
+            for p in (p for p in group["params"] if p.grad is not None):
+                whole = torch.nn.Parameter(full(p))
+                whole.grad = full(p.grad)
+                one = torch.optim.Muon([whole], **{k: group[k] for k in settings})
+                if self.state[p]:
+                    one.state[whole]["momentum_buffer"] = full(self.state[p]["momentum_buffer"])
+                one.step()
+                p.copy_(like(whole.data, p))
+                self.state[p]["momentum_buffer"] = like(one.state[whole]["momentum_buffer"], p)
 
 
 def schedule(step: int, steps: int, warmup: int = 0, kind: str = "constant") -> float:
@@ -51,20 +78,32 @@ def set_lr(optimizers: list, lr: float) -> None:
             group["lr"] = lr
 
 
-def apply_gradients(model, optimizers: list, max_norm: float, loss: float) -> float | None:
+def part_of(name: str) -> str:
+    """The part of the model that a weight belongs to: vision, merger or language."""
+    inner = "merger" if "merger." in name else "vision"
+    return inner if name.startswith("visual.") else "language"
+
+
+def apply_gradients(model, optimizers: list, max_norm: float, loss: float) -> dict:
     """One optimizer step on the gradients there are, scaled down to `max_norm`; clears them.
 
-    Returns the gradient's norm before scaling, or None where loss or gradient is not finite: then
-    the weights stay as they were.
+    Returns the norms before scaling: grad_norm, and grad_norm/PART of the parts. grad_norm is None
+    where loss or gradient is not finite: then the weights stay as they were.
     """
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    finite = math.isfinite(loss) and bool(norm.isfinite())
+    parts: dict[str, list] = {"vision": [], "merger": [], "language": []}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            parts[part_of(name)].append(p.grad)
+    norms = {f"grad_norm/{k}": float(full(torch.nn.utils.get_total_norm(v))) if v else 0.0
+             for k, v in parts.items()}
+    norm = float(full(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
+    finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         for optimizer in optimizers:
             optimizer.step()
         torch.clear_autocast_cache()  # else the next bf16 forward may read the weights of before
     model.zero_grad(set_to_none=True)
-    return float(norm) if finite else None
+    return {"grad_norm": norm if finite else None, **norms}
 
 
 def draw_rows(n_rows: int, seed: int, start: int, count: int) -> list[int]:

@@ -2,32 +2,55 @@
 
     torchrun --nproc_per_node=8 grpo.py recipes/r1v_clevr_2b.toml   # make train GPUS=8 RECIPE=...
 
-Each process holds the whole model and a share of the prompts. A step's loss is a sum over all
-processes divided by numbers that they agree on before the first backward (grpo.token_weights), so
-the sum of their gradients is the gradient of one process, and their number changes nothing.
-Sampling needs no communication at all.
+Source: FSDP2, torch.distributed.fsdp.fully_shard. Each process keeps a slice of every weight, of
+its gradient and of the optimizer's moments, in float32; model, loss and optimizer do not know. A
+block is gathered when it runs, in bfloat16 if that is what is computed in, and its gradients are
+added up in float32. For sampling all is gathered once, and each process samples alone. `group`
+(HSDP) bounds the processes that share one copy to those of a machine, say, so that between machines
+nothing but gradients travels.
+
+A step's loss is a sum over all processes divided by numbers that they agree on before the first
+backward (grpo.token_weights), so gradients are summed, never averaged, and the number of processes
+changes nothing. What must not differ among processes is how often they run the model forwards and
+backwards; deal.py sees to that.
 """
 
 import os
+import threading
+import time
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+BEAT, SILENT = 3, 30  # seconds between signs of life; without one a process is taken for dead
 
 
 def start() -> str:
     """Joins the processes of torchrun, if there are any; the name of this process's device."""
     cuda = torch.cuda.is_available()
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    if not cuda:
-        return "cpu"
     local = int(os.environ.get("LOCAL_RANK", 0))
-    if local >= torch.cuda.device_count():
+    if cuda and local >= torch.cuda.device_count():
         raise SystemExit(f"error: process {local} has no GPU: this machine has "
                          f"{torch.cuda.device_count()}, start as many processes")
-    device = f"cuda:{local}"
-    torch.cuda.set_device(device)
+    device = f"cuda:{local}" if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        # The longest that one process may keep the others waiting: it writes a checkpoint.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        if size() > 1:
+            threading.Thread(target=watch, args=(life_signs(),), daemon=True).start()
     return device
 
 
@@ -61,19 +84,152 @@ def gathered(item) -> list:
     return items
 
 
-def sum_gradients(model) -> None:
-    """Adds up the gradients of all processes: one that a process has not is zero there, one that
-    no process has (the vision tower's in a step without pictures) stays None, as on one process."""
+def agree(error: str | None = None) -> None:
+    """ValueError in every process, with all that went wrong, if any of them says an error. To be
+    called by all at once; what one of them cannot do, the others need not wait for."""
+    told = dict.fromkeys(e for e in gathered(error) if e)
+    if told:
+        raise ValueError("; ".join(told))
+
+
+@contextmanager
+def agreed():
+    """What goes wrong inside (ValueError, OSError) in one process goes wrong in all, as ValueError.
+    Inside, processes do not wait for each other."""
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as caught:
+        error = str(caught)
+    agree(error)
+
+
+def refuse(error: Exception):
+    """Ends the run for a mistake that all processes know of; the first one says it."""
+    raise SystemExit(f"error: {error}" if rank() == 0 else 1) from error
+
+
+# ---------------------------------------------------------------------------------------- weights
+
+
+def shard(model, device: str, bf16: bool = False, group: int | None = None):
+    """The model with its weights shared out (fully_shard over vision blocks, decoder layers and the
+    root); itself on one process. group: processes that share a copy, default all (HSDP if fewer).
+    A model on the meta device stays there: Qwen2VL.from_pretrained then reads each weight and keeps
+    a slice. ValueError for a group that does not divide the processes."""
     if size() == 1:
-        return
-    params = list(model.parameters())
-    owners = torch.tensor([p.grad is not None for p in params], device=params[0].device).int()
-    for p, n in zip(params, total(owners).tolist()):
-        if n:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
+        return model
+    group = group or size()
+    if size() % group:
+        raise ValueError(f"shard_group {group}: must divide the {size()} processes")
+    kind, shape = device.split(":")[0], (size() // group, group)
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=("copy", "shard"))
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32,
+                                  cast_forward_inputs=False)
+    how = {"mesh": mesh if shape[0] > 1 else mesh["shard"], "mp_policy": policy}
+    for block in (*model.visual.blocks, *model.model.layers):
+        fully_shard(block, **how)
+    fully_shard(model, **how)
+    register_fsdp_forward_method(model, "run")
+    for part in fsdp_parts(model):  # gradients are summed, by plain sums: gloo knows no others
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+    return model
 
 
-def stop() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def fsdp_parts(model) -> list:
+    return [part for part in model.modules() if isinstance(part, FSDPModule)]
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole of a tensor that is shared out, in every process. All call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def full_state_dict(model) -> dict[str, Tensor]:
+    """The whole weights, by name, on the CPU of the first process; {} elsewhere. All call it."""
+    if size() == 1:
+        return model.state_dict()
+    found = {}
+    for name, weight in model.state_dict().items():
+        whole = full(weight)
+        if rank() == 0:
+            found[name] = whole.cpu()
+    return found
+
+
+@contextmanager
+def whole_weights(*models):
+    """Inside, each process has all weights of the models and may run them without the others."""
+    parts = [part for model in models for part in fsdp_parts(model)]
+    roots = {model for model in models if isinstance(model, FSDPModule)}
+    for model in roots:
+        fully_shard.state(model)._lazy_init()  # its first forward would do it, too late for this
+    for part in parts:
+        part.unshard()
+        if part not in roots:  # the roots stay gathered after a forward in any case
+            part.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            if part not in roots:
+                part.set_reshard_after_forward(True, recurse=False)
+
+
+# ------------------------------------------------------------------------------- life and death
+
+FINISHED = threading.Event()
+
+
+@contextmanager
+def together():
+    """What main() runs inside: when this process fails, the others are told why; at the end of all
+    of them their connections are closed."""
+    try:
+        yield
+        gathered(None)
+    except BaseException as error:
+        done = isinstance(error, SystemExit) and not error.code
+        if size() > 1 and not done:
+            with suppress(RuntimeError):
+                life_signs().set("died", f"process {rank()} failed: {error!r:.2000}")
+        raise
+    finally:
+        FINISHED.set()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def life_signs() -> dist.Store:
+    """A connection of its own to the store that the processes met at. Each writes there how often
+    it was alive, and what ended it."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=SILENT))
+    return dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def watch(store: dist.Store) -> None:
+    """Ends this process when another has died: it would wait half an hour for the other's part of a
+    sum. Each looks after the next one, and tells all; torchrun does so inside a machine only."""
+    me, other, beats, last, at = rank(), (rank() + 1) % size(), 0, None, time.monotonic()
+    try:
+        while not FINISHED.wait(BEAT):
+            store.set(str(me), str(beats := beats + 1))
+            now = store.get(str(other)) if store.check([str(other)]) else None
+            if now != last:
+                last, at = now, time.monotonic()
+            if time.monotonic() - at > SILENT:
+                store.set("died", f"process {other} gave no sign of life for {SILENT} s")
+            if store.check(["died"]):
+                end(store.get("died").decode())
+    except RuntimeError as error:  # its machine has gone
+        end(f"the process that keeps them together is gone: {error}")
+
+
+def end(why: str) -> None:
+    """Ends this process at once, whatever its main thread waits for, unless it has finished."""
+    if not FINISHED.wait(1):
+        os.write(2, f"error: process {rank()} ends with the others: {why}\n".encode())
+        os._exit(1)

@@ -14,7 +14,7 @@ What we do differently from Hugging Face's `generate` and from a separate engine
 Letters: B prompts, G completions per prompt, T new tokens, S packed tokens, D width, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -87,6 +87,9 @@ def draw(logits: Tensor, u: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------- sampling
 
 
+TENSORS = ("ids", "lengths", "logp", "finished")
+
+
 @dataclass
 class Rollout:
     """B prompts with G completions each. `ids` beyond `lengths` are 0 and mean nothing.
@@ -114,11 +117,22 @@ class Rollout:
         prompts, texts = [self.prompts[i] for i in rows], [self.texts[i] for i in rows]
         return Rollout(prompts, *tensors, texts)
 
+    def groups(self) -> list["Rollout"]:
+        """A rollout for each of its prompts, its tensors on the CPU."""
+        one = (self.select([b]) for b in range(len(self.prompts)))
+        return [replace(r, **{k: getattr(r, k).cpu() for k in TENSORS}) for r in one]
+
+    @classmethod
+    def join(cls, parts: list["Rollout"], device) -> "Rollout":
+        """The rollout of all their prompts."""
+        tensors = [torch.cat([getattr(r, k) for r in parts]).to(device) for k in TENSORS]
+        prompts, texts = ([x for r in parts for x in getattr(r, k)] for k in ("prompts", "texts"))
+        return cls(prompts, *tensors, texts)
+
     def replace(self, rows: list[int], fresh: "Rollout") -> "Rollout":
         """A rollout with the prompts at `rows` replaced by those of `fresh`, in order."""
-        names, at = ("ids", "lengths", "logp", "finished"), torch.tensor(rows)
-        tensors = [getattr(self, k).clone() for k in names]
-        for x, k in zip(tensors, names):
+        at, tensors = torch.tensor(rows), [getattr(self, k).clone() for k in TENSORS]
+        for x, k in zip(tensors, TENSORS):
             x[at.to(x.device)] = getattr(fresh, k)
         prompts, texts = list(self.prompts), list(self.texts)
         for i, prompt, text in zip(rows, fresh.prompts, fresh.texts):
@@ -194,8 +208,7 @@ def prefill(model: Qwen2VL, prompts: list[Prompt], room: int) -> tuple[Tensor, C
     batch = collate(prompts).to(model.device)
     cache = Cache(model.cfg.num_hidden_layers, room)
     layout = Layout(batch.lengths, device=model.device)
-    features = model.visual(batch.patches, batch.grid) if len(batch.grid) else None
-    hidden = model(batch.ids, batch.positions, layout, features, batch.image_at, cache)
+    hidden = model.run(batch.ids, batch.positions, layout, batch, cache)
     return hidden[layout.prompt_lengths.cumsum(0) - 1], cache, batch.next_position
 
 
@@ -242,8 +255,7 @@ def score(model: Qwen2VL, rollout: Rollout, temperature=1.0, banned=()) -> tuple
     ids = torch.cat((batch.ids, rollout.ids[run]))
     after = (batch.next_position[:, None, None] + t).expand_as(run)[run]
     positions = torch.cat((batch.positions, after.expand(3, -1)), 1)
-    features = model.visual(batch.patches, batch.grid) if len(batch.grid) else None
-    hidden = model(ids, positions, layout, features, batch.image_at)
+    hidden = model.run(ids, positions, layout, batch)
 
     # Token 0 is predicted by the prompt's last position, token t > 0 by the completion's token t-1.
     before = torch.empty_like(rollout.ids)

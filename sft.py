@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import deal
 import journal
 import parallel
 import report
 from ahead import Ahead
 from config import opt, parse
-from data import Processor, Prompt, collate, without_long
+from data import Processor, Prompt, collate, with_picture, without_long
 from evaluate import evaluate_all, load_evals, print_summary
 from example import Example
 from journal import Seconds
@@ -74,6 +75,8 @@ class Config:
                         least=0)
     max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm", above=0)
     bf16: bool = opt(False, "compute in bfloat16; weights and optimizer stay float32")
+    shard_group: int | None = opt(None, "processes that share one copy of the weights (HSDP), as "
+                                  "those of a machine; default: all", least=1)
     recompute: bool = opt(False, "keep only the inputs of blocks for the backward pass")
 
     held_out: str | None = opt(None, "rows whose loss is measured, never learnt")
@@ -127,9 +130,8 @@ def text_logp(model: Qwen2VL, prompts: list[Prompt], targets: list[list[int]]) -
         whole.append(replace(p, ids=torch.cat((p.ids, torch.tensor(ids))),
                              positions=torch.cat((p.positions, after), 1)))
     batch = collate(whole).to(model.device)
-    features = model.visual(batch.patches, batch.grid) if len(batch.grid) else None
     layout = Layout(batch.lengths, device=model.device)
-    hidden = model(batch.ids, batch.positions, layout, features, batch.image_at)  # (S, D)
+    hidden = model.run(batch.ids, batch.positions, layout, batch)  # (S, D)
     learnt = torch.ones_like(batch.ids, dtype=torch.bool)
     learnt[batch.image_at] = False
     learnt[layout.prompt_lengths.cumsum(0) - layout.prompt_lengths] = False
@@ -147,19 +149,29 @@ def targets_of(processor: Processor, prompts: list[Prompt], mask: str) -> tuple[
     return targets, sum(learnt_tokens(p, ids, mask) for p, ids in zip(prompts, targets))
 
 
-def step_loss(model, processor, prompts: list[Prompt], cfg: Config) -> float:
-    """Loss of the rows of all processes together; its gradient is left in the model, summed over
-    processes, whatever `micro` is."""
+def step_loss(model, processor, prompts: list[Prompt], cfg: Config) -> tuple[float, int, float]:
+    """Loss of the rows of all processes together, whose gradient is left in the model whatever
+    `micro` is; the tokens that it learns, and deal.balance's evenness."""
+    even = 1.0
+
+    def cost(prompt):
+        return deal.cost(prompt, len(target_ids(processor, completion_of(prompt.example))))
+
+    if parallel.size() > 1:
+        prompts, even = deal.balance(prompts, [cost(p) for p in prompts])
+        prompts = sorted(prompts, key=cost, reverse=True)  # processes in step do alike
     targets, count = targets_of(processor, prompts, cfg.mask)
     tokens = int(parallel.total(torch.tensor(count, device=model.device)))
+    pictures = deal.pictured(prompts)
     found = torch.zeros((), dtype=torch.float64, device=model.device)
-    for i in range(0, len(prompts), cfg.micro):
-        some = slice(i, i + cfg.micro)
-        loss = sft_loss(model, prompts[some], targets[some], tokens, cfg.mask)
+    for rows in deal.parts(len(prompts), cfg.micro):
+        some = [prompts[i] for i in rows or [0]]
+        some = with_picture(some) if pictures else some
+        loss = sft_loss(model, some, [targets[i] for i in rows or [0]], tokens, cfg.mask)
+        loss = loss if rows else 0 * loss  # as many backwards in every process
         loss.backward()
         found += loss.detach()
-    parallel.sum_gradients(model)
-    return float(parallel.total(found))
+    return float(parallel.total(found)), tokens, even
 
 
 def fit(model, processor, examples: Sequence[Example], cfg: Config, title="sft") -> Iterator[dict]:
@@ -179,11 +191,12 @@ def fit(model, processor, examples: Sequence[Example], cfg: Config, title="sft")
         now, then = (draw_rows(len(examples), cfg.seed, s * cfg.batch + first, count)
                      for s in (step - 1, step))  # fmt: skip
         with half():
-            nll = step_loss(model, processor, ahead(now, expected=then), cfg)
-        norm = apply_gradients(model, optimizers, cfg.max_grad_norm, nll)
+            nll, _, even = step_loss(model, processor, ahead(now, expected=then), cfg)
+        norms = apply_gradients(model, optimizers, cfg.max_grad_norm, nll)
         bar.set_postfix(nll=f"{nll:.3f}")
-        bad = bad + 1 if norm is None else 0
-        yield {"step": step, "lr": lr, "nll": nll, "grad_norm": norm, "skipped": int(bad > 0)}
+        bad = bad + 1 if norms["grad_norm"] is None else 0
+        yield {"step": step, "lr": lr, "nll": nll, **norms, "skipped": int(bad > 0),
+               "balance": even}
         if bad == 5:
             raise ValueError(f"{title}, step {step}: loss or gradient was not finite in five steps "
                              "in a row, all were skipped; try a smaller lr or max_grad_norm")
@@ -229,7 +242,8 @@ def setup(cfg: Config, device: str) -> tuple:
         return processor.length(example) + len(target_ids(processor, completion_of(example)))
 
     examples = without_long(examples, length, "max_length", cfg.max_length, cfg.bad_rows)
-    model = Qwen2VL.from_pretrained(folder, device=device)
+    shard = partial(parallel.shard, device=device, bf16=cfg.bf16, group=cfg.shard_group)
+    model = Qwen2VL.from_pretrained(folder, device=device, shard=shard)
     model = model.recompute_blocks() if cfg.recompute else model
     out = journal.run_folder(cfg.out, cfg) if parallel.rank() == 0 else None
     return processor, examples, held_out, evals, model, parallel.gathered(out)[0]
@@ -249,13 +263,13 @@ def train(cfg: Config) -> dict:
 
     def measure(step: int) -> dict:
         """Held-out loss; the main process also writes answers to the probes."""
-        with seconds("eval"), half():
+        with seconds("eval"), half(), parallel.whole_weights(model):
             if main_process:
                 journal.log_probes(out, step, model, processor, probes, scored, cfg.max_new)
             loss = held_out_loss(model, processor, held_out, cfg) if held_out else None
         return {} if loss is None else {"held_out_nll": loss}
 
-    with seconds("eval"), half():
+    with seconds("eval"), half(), parallel.whole_weights(model):
         before = evaluate_all(model, processor, evals, cfg.max_new, out, "before")
     first = measure(0)
     try:
@@ -265,11 +279,11 @@ def train(cfg: Config) -> dict:
                 row |= measure(step)
             if main_process:
                 journal.append(out / "metrics.jsonl", {**row, "seconds": seconds.since_start()})
-                if step % cfg.save_every == 0 or step == steps:
-                    journal.save_checkpoint(model, processor, out / f"step_{step:06d}")
+            if step % cfg.save_every == 0 or step == steps:
+                journal.save_checkpoint(model, processor, out / f"step_{step:06d}")
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
-    with seconds("eval"), half():
+    with seconds("eval"), half(), parallel.whole_weights(model):
         after = evaluate_all(model, processor, evals, cfg.max_new, out, "after")
     summary = {"before": before, "after": after, "steps": steps, "rows": len(examples),
                "nll": row["nll"], "held_out_nll": [x.get("held_out_nll") for x in (first, row)],
@@ -283,10 +297,8 @@ def train(cfg: Config) -> dict:
 
 def main(argv=None) -> dict:
     cfg = parse(Config, argv, __doc__)
-    try:
+    with parallel.together():
         return train(cfg)
-    finally:
-        parallel.stop()
 
 
 if __name__ == "__main__":

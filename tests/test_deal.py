@@ -1,0 +1,101 @@
+"""deal.py, chapter two: who learns what, and that nothing is lost or learnt twice."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_checkpoint import make_checkpoint
+
+import deal
+import parallel
+from data import Processor, with_picture
+from example import Example
+from rollout import as_rollout
+
+
+def after(costs):
+    """Loads of the processes after deal.moves(costs)."""
+    loads = [sum(c) for c in costs]
+    for source, i, target in deal.moves(costs):
+        assert source != target
+        loads[source] -= costs[source][i]
+        loads[target] += costs[source][i]
+    return loads
+
+
+def test_a_patch_costs_two_fifths_of_a_token():
+    prompt = SimpleNamespace(ids=range(100), patches=range(50))
+    assert deal.cost(prompt, 30) == 100 + 30 + 20
+
+
+def test_items_move_from_the_fullest_to_the_emptiest():
+    assert deal.moves([[5, 5, 2], [4]]) == [(0, 0, 1)] and after([[5, 5, 2], [4]]) == [7, 9]
+    assert deal.moves([[10], [1]]) == []  # a process keeps one
+    assert deal.moves([[3, 3], [3, 3]]) == []
+    assert after([[8, 1, 1], [2]]) == [8, 4]
+    assert sorted(after([[6, 6, 6, 6], [1], [1]])) == [7, 7, 12]
+
+
+def test_moves_never_make_it_worse_and_end():
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        costs = [torch.randint(1, 900, (n,), generator=rng).tolist() for n in (4, 4, 3, 5)]
+        loads = [sum(c) for c in costs]
+        moved = [(source, i) for source, i, _ in deal.moves(costs)]
+        assert len(set(moved)) == len(moved)  # each item once
+        assert max(after(costs)) <= max(loads) and sum(after(costs)) == sum(loads)
+        assert max(after(costs)) <= sum(loads) / 4 + 900 / 2  # half of a largest item above even
+
+
+def test_every_row_is_in_one_part_and_parts_are_alike():
+    assert deal.parts(16, 4) == [list(range(i, i + 4)) for i in (0, 4, 8, 12)]
+    assert [len(rows) for rows in deal.parts(7, 3)] == [2, 2, 3]
+    assert deal.parts(3, 8) == [[0, 1, 2]]
+
+
+def test_processes_agree_on_the_number_of_parts(monkeypatch):
+    """5 rows here and 2 there, one at a time: five parts on both, three of them empty there."""
+    monkeypatch.setattr(parallel, "gathered", lambda n: [5, 2])
+    assert [len(rows) for rows in deal.parts(5, 1)] == [1] * 5
+    assert [rows for rows in deal.parts(2, 1) if rows] == [[0], [1]]
+    assert len(deal.parts(2, 1)) == 5
+
+
+@pytest.fixture(scope="module")
+def rollout(tmp_path_factory):
+    """Three prompts without pictures, two completions each."""
+    processor = Processor.from_pretrained(make_checkpoint(tmp_path_factory.mktemp("checkpoint")))
+    prompts = [processor.prompt(Example(f"How many? {'x' * i}", "1")) for i in range(3)]
+    return as_rollout(prompts, [[[5, 6, 7], [8]], [[9], [5, 5]], [[6], [7]]])
+
+
+def test_an_empty_micro_batch_repeats_a_group_that_counts_for_nothing(monkeypatch, rollout):
+    monkeypatch.setattr(parallel, "gathered", lambda n: [n, 5] if type(n) is int else [n])
+    weights = torch.rand(rollout.mask.shape)
+    micros = deal.micro_batches(rollout, torch.ones(3, 2), rollout.mask, weights, 1)
+    assert len(micros) == 5
+    real = [m for m in micros if m[4].any()]
+    assert [m[0].prompts[0].text for m in real] == [p.text for p in rollout.prompts]
+    for b, (part, adv, mask, w, counted) in enumerate(real):
+        assert torch.equal(part.ids[0], rollout.ids[b]) and adv.shape == (1, 2, 1)
+        assert torch.equal(w[0], weights[b]) and torch.equal(mask[0], rollout.mask[b])
+        assert torch.equal(counted[0], rollout.mask[b])
+    for part, _, _, w, counted in (m for m in micros if not m[4].any()):
+        assert len(part.prompts) == 1 and not w.any() and not counted.any()
+
+
+def test_groups_and_join_are_inverse(rollout):
+    groups = rollout.groups()
+    assert [len(g.prompts) for g in groups] == [1, 1, 1]
+    again = type(rollout).join(groups[::-1], "cpu")
+    assert torch.equal(again.ids, rollout.ids.flip(0)) and again.texts == rollout.texts[::-1]
+    assert torch.equal(again.lengths, rollout.lengths.flip(0))
+    assert torch.equal(again.finished, rollout.finished.flip(0))
+
+
+def test_a_blank_picture_is_read_by_no_token(rollout):
+    first, *rest = with_picture(rollout.prompts)
+    assert first.grid.tolist() == [[1, 2, 2]] and first.patches.shape[0] == 4
+    assert not first.patches.any() and len(first.image_at) == 0
+    assert rest == rollout.prompts[1:] and len(rollout.prompts[0].grid) == 0
+    assert with_picture([first, *rest]) == [first, *rest]
