@@ -27,9 +27,10 @@ import parallel
 from config import opt, parse, read
 from data import Processor
 from evaluate import evaluate_all, load_evals
-from journal import save_checkpoint, write_json
+from journal import write_json
 from model import Qwen2VL
 from rows import load_examples
+from saving import save_checkpoint
 from sft import Config as SFTConfig
 from sft import fit, taught
 from tiny import STYLES, taught_answer

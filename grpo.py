@@ -18,30 +18,35 @@ Letters: B prompts, G completions per prompt, T completion tokens. logp, old, re
 log-probs of the sampled tokens by the policy that trains, that sampled, and the reference.
 """
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import deal
 import journal
 import parallel
-import report
+import plan
+import trackers
 from ahead import Ahead
+from checkpoint import read_config
 from config import opt, parse
 from data import Processor, without_long
-from evaluate import evaluate_all, load_evals, print_summary
+from evaluate import load_evals
 from journal import Seconds
+from logbook import Logbook, announce
 from model import Qwen2VL
 from optim import apply_gradients, draw_rows, make_optimizers, schedule, set_lr
+from resume import Stop, open_run, take_up
 from rewards import load_rewards
 from rollout import Rollout, sample, score
 from rows import load_examples
+from tally import has_signal, reward_table, step_metrics, total_reward
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class Config:
 
     rewards: tuple[str, ...] = opt(("accuracy", "format"), "names, or file.py:function")
     reward_weights: tuple[float, ...] = opt((), "one weight per reward; none: 1 for each")
+    reward_seconds: float = opt(10.0, "a call of a reward of one's own may take", above=0)
+    reward_memory: float = opt(4.0, "GB that a process of such a reward may have", above=0)
     advantage: str = opt("group", "group: (r - mean)/std; center: r - mean (Dr. GRPO); loo: RLOO",
                          choices=("group", "center", "loo"))
     ratio: str = opt("token", "importance ratio per token, or per sequence (GSPO)",
@@ -103,6 +110,13 @@ class Config:
     probes: int = opt(6, "questions of the first eval that the report follows", least=0)
     probe_every: int = opt(25, "steps between probes and logged samples", least=1)
     save_every: int = opt(100, "steps between checkpoints", least=1)
+    eval_saves: bool = opt(False, "score the evals at each checkpoint too, and keep the best")
+    keep: int | None = opt(2, "newest checkpoints that stay, beside the best; none: all", least=1)
+    resume: str = opt("auto", "auto: go on with the unfinished run of this config in `out`; never",
+                      choices=("auto", "never"))
+    must_save_by: float | None = opt(None, "minutes after which the run is saved and ends", above=0)
+    trackers: tuple[str, ...] = opt((), "wandb, tensorboard: where metrics go as well")
+    dry_run: bool = opt(False, "only say what the run will take")
 
     def check(self):
         """ValueError for what no single key can say."""
@@ -176,30 +190,6 @@ def sample_groups(model, ahead: Ahead, drawn, count, cfg) -> Rollout:
                   cfg.temperature, cfg.seed, uids=list(range(drawn, drawn + count)))
 
 
-def reward_table(rollout: Rollout, rewards: list) -> Tensor:
-    """Rewards (R, B, G) of R functions, NaN for None; each text meets its own prompt's example."""
-    def one(f, text, example):
-        value = f(text, example)
-        return math.nan if value is None else float(value)
-
-    return torch.tensor([
-        [[one(f, text, prompt.example) for text in texts]
-         for prompt, texts in zip(rollout.prompts, rollout.texts)]
-        for _, f, _ in rewards
-    ])  # fmt: skip
-
-
-def total_reward(table: Tensor, rewards: list) -> Tensor:
-    """Weighted sum (B, G) over the functions; NaN where none of them gave a reward."""
-    weights = torch.tensor([w for _, _, w in rewards])[:, None, None]
-    return (table * weights).nansum(0).masked_fill(table.isnan().all(0), math.nan)
-
-
-def has_signal(reward: Tensor) -> Tensor:
-    """(B,) True where the rewards (B, G) of a group are not all equal."""
-    return reward.nan_to_num(math.inf).amin(1) < reward.nan_to_num(-math.inf).amax(1)
-
-
 def sample_batch(model, ahead: Ahead, rewards, drawn, cfg):
     """This process's share of B groups, their rewards (R, B, G), and the prompts drawn by now.
 
@@ -265,116 +255,109 @@ def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
         skipped += norms["grad_norm"] is None
     loss, tokens = sums.pop("loss"), sums.pop("tokens")
     means = {k: v / tokens for k, v in sums.items()}
-    return {"loss": loss, **means, **norms, "skipped": skipped, "balance": even}
+    return {"loss": loss, **means, **norms, "skipped": skipped, "balance": even, "tokens": tokens}
 
 
 # ---------------------------------------------------------------------------------------- the run
 
 
-def step_metrics(rollout: Rollout, table: Tensor, rewards: list) -> dict:
-    """What the samples of all processes say; shares are over completions, no_signal over groups."""
-    mine = (table.transpose(0, 1), rollout.lengths.cpu().float(), rollout.finished.cpu())
-    table, lengths, finished = (torch.cat(x) for x in zip(*parallel.gathered(mine)))
-    table = table.transpose(0, 1)  # (R, B, G)
-    reward = total_reward(table, rewards)
-    found = {"reward": float(reward.nanmean())}
-    names = [name for name, _, _ in rewards]
-    found |= {f"reward/{name}": float(t.nanmean()) for name, t in zip(names, table)}
-    if {"accuracy", "format"} <= set(names):
-        right, form = (table[names.index(k)] for k in ("accuracy", "format"))
-        found["format_only"] = float(((form == 1) & (right == 0)).float().mean())
-    return found | {
-        "reward_std": float(reward.std(1).nanmean()),
-        "no_signal": float((~has_signal(reward)).float().mean()),
-        "no_reward": float(reward.isnan().float().mean()),
-        "length/mean": float(lengths.mean()),
-        "length/min": float(lengths.min()),
-        "length/max": float(lengths.max()),
-        "truncated": float((~finished).float().mean()),
-    }
+def memory_plan(cfg: Config, start, processor, examples, evals) -> plan.Plan:
+    """What this run needs in memory and on disk, before it needs it."""
+    asked = plan.lengths(processor, examples, *evals.values())
+    return plan.of(read_config(Path(start)), plan.Work(
+        prompts=cfg.prompts, group=cfg.group, max_new=cfg.max_new, micro=cfg.micro_prompts, **asked,
+        processes=parallel.size(), shards=cfg.shard_group, optimizer=cfg.optimizer, bf16=cfg.bf16,
+        recompute=cfg.recompute, beta=cfg.beta, eval_new=cfg.max_new if evals else 0,
+    ))  # fmt: skip
 
 
-def setup(cfg: Config, device: str, seconds: Seconds) -> tuple:
-    """All that a run reads, checked before anything is written: processor, rewards, rows, evals,
-    policy and reference (lines 1 and 3), and the run's folder."""
-    if cfg.prompts < parallel.size():
-        raise ValueError(f"prompts {cfg.prompts}: fewer than the {parallel.size()} processes")
-    rewards = load_rewards(cfg.rewards, cfg.reward_weights)
-    folder = journal.newest_checkpoint(cfg.model)
-    processor = Processor.from_pretrained(folder, cfg.template, cfg.min_pixels, cfg.max_pixels,
-                                          cfg.system)
-    with seconds("render"):
-        examples = load_examples(cfg.data, cfg.images, "train", bad_rows=cfg.bad_rows)
+def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNamespace:
+    """All that a run reads, checked before anything is written: the memory that it will take, the
+    run's folder (new, or one to go on with), policy, optimizers and reference (lines 1 and 3)."""
+    with parallel.agreed():
+        if cfg.prompts < parallel.size():
+            raise ValueError(f"prompts {cfg.prompts}: fewer than the {parallel.size()} processes")
+        trackers.check_installed(cfg.trackers)
+        rewards = load_rewards(cfg.rewards, cfg.reward_weights, cfg.reward_seconds,
+                               cfg.reward_memory)
+        start = journal.newest_checkpoint(cfg.model)
+        processor = Processor.from_pretrained(start, cfg.template, cfg.min_pixels, cfg.max_pixels,
+                                              cfg.system)
+        loaded = load_examples(cfg.data, cfg.images, "train", bad_rows=cfg.bad_rows)
         evals = load_evals(cfg.evals)
-    examples = without_long(examples, processor.length, "max_prompt", cfg.max_prompt, cfg.bad_rows)
-    with seconds("tiny"):
-        shard = partial(parallel.shard, device=device, bf16=cfg.bf16, group=cfg.shard_group)
-        load = partial(Qwen2VL.from_pretrained, folder, device=device, shard=shard)
-        policy = load().recompute_blocks() if cfg.recompute else load()
-        reference = load() if cfg.beta else None
-    out = journal.run_folder(cfg.out, cfg) if parallel.rank() == 0 else None
-    return processor, rewards, examples, evals, policy, reference, parallel.gathered(out)[0]
+        rows = without_long(loaded, processor.length, "max_prompt", cfg.max_prompt, cfg.bad_rows)
+        needs = memory_plan(cfg, start, processor, rows, evals)
+        announce(needs, device, cfg, len(rows), cfg.steps, cfg.prompts)
+    run = open_run(cfg, cfg.steps)
+    state = run.numbers or {"step": 0, "drawn": 0, "rows": len(rows), "start": start}
+    shard = partial(parallel.shard, device=device, bf16=cfg.bf16, group=cfg.shard_group)
+    load = partial(Qwen2VL.from_pretrained, device=device, shard=shard)
+    with parallel.agreed():
+        policy = load(run.checkpoint or start)
+        policy = policy.recompute_blocks() if cfg.recompute else policy
+        optimizers = make_optimizers(policy, cfg.optimizer, cfg.lr, cfg.weight_decay)
+        take_up(run, policy, optimizers, len(rows))
+        reference = load(state["start"]) if cfg.beta else None
+        book = Logbook(cfg, run, seconds, stop, steps=cfg.steps, model=policy, evals=evals,
+                       processor=processor, optimizers=optimizers, state=state,
+                       shown=("reward", "length/mean"))
+    ahead = Ahead(processor, rows, cfg.max_prompt, cfg.workers)
+    first = next(iter(evals.values()), rows)
+    return SimpleNamespace(
+        policy=policy, reference=reference, optimizers=optimizers, rewards=rewards, book=book,
+        processor=processor, ahead=ahead, skipped=getattr(loaded, "total", len(rows)) - len(rows),
+        probes=[processor.prompt(e) for e in islice(first, cfg.probes)],
+    )  # fmt: skip
 
 
 def train(cfg: Config) -> dict:
     """The box of DeepSeekMath, Algorithm 1; its lines stand where they are done. -> the summary"""
-    device, seconds = parallel.start(), Seconds()
-    # 1: initial policy model    3: reference model
-    try:
-        processor, rewards, examples, evals, policy, reference, out = setup(cfg, device, seconds)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    optimizers = make_optimizers(policy, cfg.optimizer, cfg.lr, cfg.weight_decay)
+    device, seconds, bad = parallel.start(), Seconds(), 0  # bad: steps in a row without an update
     half = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=cfg.bf16)
-    ahead = Ahead(processor, examples, cfg.max_prompt, cfg.workers)
-    probes = [processor.prompt(e) for e in islice(next(iter(evals.values()), examples), cfg.probes)]
-    with seconds("eval"), half(), parallel.whole_weights(policy):
-        before = evaluate_all(policy, processor, evals, cfg.max_new, out, "before")
+    with Stop(cfg.must_save_by) as stop:
+        # 1: initial policy model    3: reference model
+        with seconds("setup"), parallel.told():
+            run = setup(cfg, device, seconds, stop)
+        policy, rewards, book = run.policy, run.rewards, run.book
+        names, main_process = [name for name, _, _ in rewards], parallel.rank() == 0
 
-    names, main_process = [name for name, _, _ in rewards], parallel.rank() == 0
-    drawn, bad = 0, 0  # prompts drawn so far; steps in a row without an update
-    bar = tqdm(range(1, cfg.steps + 1), desc="grpo", unit="step", disable=not main_process)
-    for step in bar:  # 4: for step = 1, ..., M
-        set_lr(optimizers, lr := cfg.lr * schedule(step, cfg.steps, cfg.warmup, cfg.schedule))
-        with seconds("sample"), half(), parallel.whole_weights(policy):
-            if main_process and (step - 1) % cfg.probe_every == 0:
-                journal.log_probes(out, step - 1, policy, processor, probes, rewards, cfg.max_new)
-            # 5: sample a batch    7: sample G outputs for each question    8: compute rewards
-            rollout, table, drawn = sample_batch(policy, ahead, rewards, drawn, cfg)
-        # 9: compute the advantages through group relative estimation
-        adv = group_advantages(reward := total_reward(table, rewards), cfg.advantage).to(device)
-        with seconds("update"), half():
-            # 10: for GRPO iteration = 1, ..., mu    11: update by maximizing the GRPO objective
-            found = update(policy, reference, optimizers, rollout, adv, processor.banned_ids, cfg)
-        row = {"step": step, "lr": lr, **step_metrics(rollout, table, rewards), **found}
-        row |= {f"time/{k}": seconds.last[k] for k in ("sample", "update")}
-        row |= {"seconds": seconds.since_start(), "drawn": drawn, "completions_per_second":
-                cfg.prompts * cfg.group / (row["time/sample"] + row["time/update"])}
-        bad = bad + 1 if found["skipped"] == cfg.updates_per_batch else 0
-        bar.set_postfix({k: f"{row[k]:.2f}" for k in ("reward", "length/mean")})
-        with seconds("log"):
+        def probe(step):
             if main_process:
-                journal.append(out / "metrics.jsonl", row)
-                if step == 1 or step % cfg.probe_every == 0:
-                    journal.log_rollout(out, step, rollout, names, table, reward, adv)
-            if step == cfg.steps or step % cfg.save_every == 0:
-                journal.save_checkpoint(policy, processor, out / f"step_{step:06d}")
-        if bad == 5:
-            raise SystemExit(f"step {step}: no finite update in 5 steps, all were skipped. "
-                             "Try a smaller --lr or --max_grad_norm, or --bf16 false.")
-    ahead.close()
-    with seconds("eval"), half(), parallel.whole_weights(policy):
-        if main_process:
-            journal.log_probes(out, cfg.steps, policy, processor, probes, rewards, cfg.max_new)
-        after = evaluate_all(policy, processor, evals, cfg.max_new, out, "after")
-    seconds["grpo"] = seconds["sample"] + seconds["update"] + seconds["log"]
-    shown = {k: round(seconds[k], 1) for k in ("render", "tiny", "grpo", "eval")}
-    summary = {"before": before, "after": after, "seconds": shown, "steps": cfg.steps,
-               "seed": cfg.seed, "peak_memory_gb": round(journal.peak_memory_gb(), 3)}
-    if main_process:
-        journal.write_json(summary, out / "summary.json")
-        print_summary(summary, out, report.write(out))
-    return summary
+                journal.log_probes(book.out, step, policy, run.processor, run.probes, rewards,
+                                   cfg.max_new)
+
+        book.open()
+        for step in book.steps("grpo"):  # 4: for step = 1, ..., M
+            lr = cfg.lr * schedule(step, cfg.steps, cfg.warmup, cfg.schedule)
+            set_lr(run.optimizers, lr)
+            with seconds("sample"), half(), parallel.whole_weights(policy), parallel.told():
+                if (step - 1) % cfg.probe_every == 0:
+                    probe(step - 1)
+                # 5: sample a batch    7: sample G outputs for each question    8: compute rewards
+                drawn = book.state["drawn"]
+                rollout, table, drawn = sample_batch(policy, run.ahead, rewards, drawn, cfg)
+                book.state["drawn"] = drawn
+            # 9: compute the advantages through group relative estimation
+            adv = group_advantages(reward := total_reward(table, rewards), cfg.advantage).to(device)
+            with seconds("update"), half():
+                # 10: for GRPO iteration = 1, ..., mu    11: update by the GRPO objective
+                found = update(policy, run.reference, run.optimizers, rollout, adv,
+                               run.processor.banned_ids, cfg)
+            with seconds("log"), parallel.told():
+                if main_process and (step == 1 or step % cfg.probe_every == 0):
+                    journal.log_rollout(book.out, step, rollout, names, table, reward, adv)
+            tokens = found.pop("tokens")
+            book.end(step, {"lr": lr, **step_metrics(rollout, table, rewards), **found,
+                            "drawn": drawn, "rows_skipped": run.skipped},
+                     cfg.prompts * cfg.group, tokens)
+            bad = bad + 1 if found["skipped"] == cfg.updates_per_batch else 0
+            if bad == 5:
+                raise SystemExit(f"step {step}: no finite update in 5 steps, all were skipped. "
+                                 "Try a smaller --lr or --max_grad_norm, or --bf16 false.")
+        run.ahead.close()
+        with seconds("eval"), half(), parallel.whole_weights(policy):
+            probe(cfg.steps)
+        return book.close()
 
 
 def main(argv=None) -> dict:

@@ -1,13 +1,13 @@
-"""What a run writes to disk: its folder, checkpoints, metrics, samples and probes.
+"""What a run writes to disk beside its checkpoints (saving.py): metrics, samples and probes.
 
     runs/NAME/
-      config.json     every key, after recipe and command line
+      config.json     every key, after recipe and command line (resume.py)
       metrics.jsonl   a line per step
       rollouts.jsonl  samples: prompt, pictures, completions with their rewards and advantages
       probes.jsonl    the same held-out questions, answered greedily as training goes
       images/         the pictures of both
       eval/           answers of the evaluations before and after
-      step_000100/    a Hugging Face checkpoint
+      step_000100/    a Hugging Face checkpoint, with state/ to go on from
       summary.json    before and after, seconds, memory
       report.html     all of it as one page (report.py)
 
@@ -18,7 +18,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -49,17 +48,10 @@ def run_folder(name: str, cfg) -> Path:
     return out
 
 
-def save_checkpoint(model, processor, folder: Path) -> None:
-    """A complete Hugging Face checkpoint: weights, config, tokenizer, preprocessor."""
-    part = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    processor.save_pretrained(part)
-    for path in part.iterdir():
-        path.chmod(0o644)  # safetensors' writer leaves 0o600
-        with open(path, "rb") as f:
-            os.fsync(f.fileno())
-    part.rename(folder)
+def steps_of(folder: Path) -> list[Path]:
+    """The folders step_… of a run, oldest first; step_….tmp was never finished."""
+    found = [p for p in Path(folder).glob("step_*") if p.name[5:].isdecimal() and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def newest_checkpoint(folder: str) -> str:
@@ -67,18 +59,18 @@ def newest_checkpoint(folder: str) -> str:
     the newest run in it; where there is no such folder, the hub's checkpoint of that id, downloaded
     if need be. ValueError if there is none."""
 
-    def whole(p):  # a folder step_….tmp is one that was never finished
+    def whole(p):
         return all((p / name).is_file() for name in ("config.json", "tokenizer.json"))
 
     if whole(Path(folder)):
         return folder
     if is_hub_id(folder):
         return str(checkpoint_folder(folder))
-    steps = sorted(p for p in Path(folder).glob("step_*[0-9]") if whole(p))
-    runs = [p for p in Path(folder).glob("*/step_*[0-9]") if whole(p)]
+    steps = [p for p in steps_of(folder) if whole(p)]
+    runs = [p for run in Path(folder).glob("*") for p in steps_of(run) if whole(p)]
     if not steps and runs:
         newest = max(runs, key=lambda p: p.stat().st_mtime).parent
-        steps = sorted(p for p in newest.glob("step_*[0-9]") if whole(p))
+        steps = [p for p in steps_of(newest) if whole(p)]
     if not steps:
         raise ValueError(f"model {folder}: neither a checkpoint folder (config.json and "
                          "tokenizer.json), nor a run that has one (step_…), nor a folder of runs, "
@@ -86,19 +78,33 @@ def newest_checkpoint(folder: str) -> str:
     return str(steps[-1])
 
 
+@contextmanager
+def naming(path):
+    """Lets an OSError of what is written here, a full disk above all, name the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
 def write_json(obj, path) -> None:
     """Writes obj as JSON, whole or not at all; what stood at path before stays until then."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        json.dump(jsonable(obj), f, indent=1, allow_nan=False)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    part = Path(f"{path}.tmp")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with naming(path):
+            with open(part, "w", encoding="utf-8") as f:
+                json.dump(jsonable(obj), f, indent=1, allow_nan=False)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def append(path: Path, row: dict) -> None:
     """One line of JSON. A number that is not finite, which JSON does not know, is null."""
-    with open(path, "a", encoding="utf-8") as f:
+    with naming(path), open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(jsonable(row), allow_nan=False) + "\n")
 
 
@@ -172,7 +178,7 @@ class Seconds(dict):
 
     def __init__(self):
         super().__init__()
-        self.start, self.last = time.perf_counter(), {}
+        self.start, self.last, self.laps = time.perf_counter(), {}, {}
 
     def __missing__(self, name):
         return 0.0
@@ -187,6 +193,13 @@ class Seconds(dict):
     def since_start(self) -> float:
         """Seconds since this was made."""
         return time.perf_counter() - self.start
+
+    def lap(self) -> dict[str, float]:
+        """Seconds by name since the last call, and "all" that went by."""
+        now = {**self, "all": self.since_start()}
+        lap = {name: now[name] - self.laps.get(name, 0.0) for name in now}
+        self.laps = now
+        return lap
 
 
 def peak_memory_gb() -> float:

@@ -327,8 +327,9 @@ class Cache:
 
     def keep(self, groups: Tensor, rows: Tensor) -> None:
         """Keep the prompts `groups` (B',) and of each the completions `rows` (B', G')."""
-        self.prompt = [(k[groups], v[groups]) for k, v in self.prompt]
-        self.own = [tuple(x[groups[:, None], rows] for x in own) for own in self.own]
+        for i in range(len(self.own)):  # a layer's old ones go before the next one's are copied
+            self.prompt[i] = tuple(x[groups] for x in self.prompt[i])
+            self.own[i] = tuple(x[groups[:, None], rows] for x in self.own[i])
         if self.prompt_mask is not None:
             self.prompt_mask = self.prompt_mask[groups]
 

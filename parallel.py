@@ -84,17 +84,21 @@ def gathered(item) -> list:
     return items
 
 
+class Agreed(ValueError):
+    """An error that all processes know of."""
+
+
 def agree(error: str | None = None) -> None:
-    """ValueError in every process, with all that went wrong, if any of them says an error. To be
+    """Agreed in every process, with all that went wrong, if any of them says an error. To be
     called by all at once; what one of them cannot do, the others need not wait for."""
-    told = dict.fromkeys(e for e in gathered(error) if e)
-    if told:
-        raise ValueError("; ".join(told))
+    found = dict.fromkeys(e for e in gathered(error) if e)
+    if found:
+        raise Agreed("; ".join(found))
 
 
 @contextmanager
 def agreed():
-    """What goes wrong inside (ValueError, OSError) in one process goes wrong in all, as ValueError.
+    """What goes wrong inside (ValueError, OSError) in one process goes wrong in all, as Agreed.
     Inside, processes do not wait for each other."""
     error = None
     try:
@@ -104,9 +108,15 @@ def agreed():
     agree(error)
 
 
-def refuse(error: Exception):
-    """Ends the run for a mistake that all processes know of; the first one says it."""
-    raise SystemExit(f"error: {error}" if rank() == 0 else 1) from error
+@contextmanager
+def told():
+    """Where a person's mistake or a disk ends the run (ValueError, OSError), its message is said
+    instead of a traceback; once, if all processes know of it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        silent = isinstance(error, Agreed) and rank() > 0
+        raise SystemExit(1 if silent else f"error: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------- weights
@@ -154,7 +164,7 @@ def full_state_dict(model) -> dict[str, Tensor]:
     for name, weight in model.state_dict().items():
         whole = full(weight)
         if rank() == 0:
-            found[name] = whole.cpu()
+            found[name] = whole.to("cpu", copy=True)  # a gathered one is padded, in part
     return found
 
 

@@ -5,39 +5,27 @@
 The page is one file without script or network; its Content-Security-Policy forbids both. What a run
 says is shown, never obeyed: every string passes through `esc`. A page can be written at any time:
 what is not there is left out, broken lines are skipped, of a step logged twice the later counts.
+That of a running run says so and is loaded again every minute.
 """
 
 import base64
 import contextlib
-import functools
 import html
 import json
 import math
 import os
 import re
 import sys
+import time
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-
+from chart import Curve, draw, esc, number, series, show, spread
 from rewards import ANSWER, THINK, gold_answer
 
 STEPS, GROUPS, COMPLETIONS, PROBES = 3, 3, 12, 9  # samples: steps, of each, of each; probed steps
 TEXT, PICTURE = 2400, 2_000_000  # characters of a completion, bytes of a picture, at most
-W, H, LEFT, RIGHT, TOP, BOTTOM = 320, 150, 44, 308, 10, 126  # a chart and its frame, in pixels
-
-
-class Curve(NamedTuple):
-    """A chart: a metric, what it means and what is healthy, and how it is drawn."""
-
-    key: str
-    title: str
-    says: str
-    share: bool = False  # in per cent
-    axis: tuple = (0,)  # values that the axis shows in any case
-    band: tuple = ()  # metrics of the lower and the upper edge
-
+PHASES = ("sample", "update", "log", "save", "eval")  # of a step
+TAGS = re.compile("|".join(html.escape(tag) for tag in THINK + ANSWER))
 
 CURVES = (
     Curve("reward", "Reward", "Weighted sum, mean over completions. Should rise, then level off."),
@@ -51,13 +39,21 @@ CURVES = (
     Curve("entropy", "Entropy", "Nats per token. Should fall slowly; at 0 exploration has ended."),
     Curve("kl", "KL to the start", "Nats per token. A slow rise is learning, a jump is a warning."),
     Curve("length/mean", "Length", "Tokens of a completion: mean, shortest, longest.",
-          band=("length/min", "length/max")),
+          more=("length/min", "length/max")),
     Curve("truncated", "Cut off", "Completions that the limit stopped. Should be near 0 %.", True),
     Curve("clip_share", "Clipped", "Tokens beyond the trust region: a few per cent at most.", True),
-    Curve("grad_norm", "Gradient norm", "Unclipped. A spike is harmless, a climb: lr too large."),
+    Curve("grad_norm", "Gradient norm", "Unclipped. A spike is harmless, a climb: lr too large.",
+          more=("grad_norm/vision", "grad_norm/merger", "grad_norm/language")),
     Curve("mismatch", "Sampler against trainer", "Mean of exp|difference of their log-probs|. 1 is "
           "exact agreement; must stay below 1.02.", axis=(1, 1.02)),
-    Curve("completions_per_second", "Completions per second", "Of a whole step. Should be steady."),
+    Curve("reward_killed", "Killed rewards", "Completions without a reward: it took too long, or "
+          "too much memory, or crashed.", True),
+    Curve("reward_failed", "Failed rewards", "Completions without a reward: its function raised.",
+          True),
+    Curve("tokens_per_second", "Tokens per second", "Of a whole step. Should be steady."),
+    Curve("share/sample", "Time for sampling", "Share of a step's time, and the other phases'.",
+          True, (0, 1), tuple(f"share/{phase}" for phase in PHASES[1:])),
+    Curve("memory_gb", "Memory", "GB at the peak, of the fullest process. Should level off."),
 )  # fmt: skip
 
 
@@ -71,36 +67,6 @@ def read(path: Path) -> list[dict]:
             if isinstance(row, dict) and (not lines or number(row.get("step")) is not None):
                 kept[tuple(str(row.get(k)) for k in ("step", "problem", "images"))] = row
     return sorted(kept.values(), key=lambda row: row["step"]) if lines else list(kept.values())
-
-
-def spread(items, most: int) -> list:
-    """At most `most` items at even distances, the first and the last among them."""
-    at = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
-    return [items[i] for i in at]
-
-
-def number(x) -> float | None:
-    """x if it is a finite number of a size that can be drawn, else None."""
-    real = isinstance(x, int | float) and type(x) is not bool
-    return float(x) if real and -1e30 < x < 1e30 else None
-
-
-def show(x, share: bool = False) -> str:
-    """A number in three or four digits, or a share in per cent; a dash where there is none."""
-    if number(x) is None:
-        return "–"
-    short = f"{x:,.0f}" if 100 <= abs(x) < 1e6 else f"{x:.{4 if 1 <= abs(x) < 10 else 3}g}"
-    return (f"{100 * x:.1f} %" if share else short).replace("e-0", "e-").replace("-", "−")
-
-
-# Control characters, those that turn the direction of a line, and halves of surrogate pairs.
-HIDDEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-TAGS = re.compile("|".join(html.escape(tag) for tag in THINK + ANSWER))
-
-
-def esc(x) -> str:
-    """Anything as text, also for inside an attribute."""
-    return html.escape(HIDDEN.sub("\ufffd", str(x)))
 
 
 def said(x) -> str:
@@ -140,84 +106,40 @@ def picture(folder: Path, name, alt: str = "") -> str:
     return f'<img alt="{esc(alt)}" {size} src="data:image/{kind};base64,{code}">'
 
 
-def series(rows: list[dict], *keys: str) -> np.ndarray:
-    """(len(keys), n): these metrics at the steps where all of them are finite."""
-    values = [[number(row.get(key)) for key in keys] for row in rows]
-    return np.array([v for v in values if None not in v]).reshape(-1, len(keys)).T
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Local mean (n steps,): triangle weights over n // 20 neighbours each side, fewer at ends."""
-    weights = np.bartlett(2 * (len(values) // 20) + 3)[1:-1]
-    return np.convolve(values, weights, "same") / np.convolve(values * 0 + 1, weights, "same")
-
-
-def ticks(lo: float, hi: float, most: int = 4) -> list[float]:
-    """Numbers that enclose lo to hi, at 1, 2 or 5 times a power of ten, about `most` intervals."""
-    span = max(hi - lo, 1e-30)
-    power = 10.0 ** math.floor(math.log10(span / most))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power * most >= span * (1 - 1e-9))
-    return [k * step for k in range(math.floor(lo / step + 1e-9), math.ceil(hi / step - 1e-9) + 1)]
-
-
-def place(value, lo: float, hi: float, start: float, end: float):
-    """[lo, hi] to [start, end]; what lies beyond is set on the edge, and lo = hi in the middle."""
-    share = (np.clip(value, lo, hi) - lo) / (hi - lo) if hi > lo else value * 0 + 0.5
-    return start + share * (end - start)
-
-
-def points(xs, ys, between: str = "L") -> str:
-    """Data of an SVG path through points; between="h0M" and a last h0 make dots of them."""
-    return "M" + between.join(f"{x:.1f} {y:.1f}" for x, y in zip(xs, ys))
-
-
-def draw(curve: Curve, data: np.ndarray) -> str:
-    """Heading and SVG of a chart; data (2 or 4, n): steps, values and, for a band, its edges."""
-    times, unit = (100, " %") if curve.share else (1, "")
-    steps, values = data[0], times * data[1:]
-    ends = [np.quantile(values[0], q, method=m) for q, m in ((0.01, "lower"), (0.99, "higher"))]
-    lines = [smooth(v) for v in (np.clip(values[0], *ends), *values[1:])]  # spikes bend no line
-    bounds = [*ends, *(times * v for v in curve.axis), *np.ravel(lines[1:])]
-    rows, out = ticks(float(min(bounds)), float(max(bounds))), []
-    right = functools.partial(place, lo=steps[0], hi=steps[-1], start=LEFT, end=RIGHT)
-    up = functools.partial(place, lo=rows[0], hi=rows[-1], start=BOTTOM, end=TOP)
-    for v in rows:
-        out.append(f'<path class="grid" d="M{LEFT} {up(v):.1f}H{RIGHT}"/><text x="{LEFT - 6}" '
-                   f'y="{up(v) + 4:.1f}" text-anchor="end">{show(v)}{unit}</text>')  # fmt: skip
-    for v in ticks(steps[0], steps[-1], 6):
-        if steps[0] <= v <= steps[-1] and v == int(v):
-            out.append(f'<text x="{right(v):.1f}" y="{H - 6}" text-anchor="middle">{show(v)}'
-                       "</text>")  # fmt: skip
-    at = spread(range(len(steps)), 400)
-    xs, raw, (mean, *edges) = right(steps[at]), up(values[0, at]), [up(line[at]) for line in lines]
-    if edges:
-        around = points([*xs, *xs[::-1]], [*edges[0], *edges[1][::-1]])
-        out.append(f'<path class="band" d="{around}Z"/>')
-    out.append(f'<path class="dots" d="{points(xs, raw, "h0M")}h0"/>'
-               f'<path class="line" d="{points(xs, mean)}"/>')  # fmt: skip
-    wide = (RIGHT - LEFT) / max(1, min(len(at), 60) - 1)
-    for i in spread(at, 60):
-        now = f"<title>step {show(steps[i])}: {show(values[0, i])}{unit}</title>"
-        x = right(steps[i]) - wide / 2
-        out.append(f'<rect x="{x:.1f}" width="{wide:.1f}" height="{BOTTOM}">{now}</rect>')
-    title, first, last = esc(curve.title), *(f"{show(lines[0][i])}{unit}" for i in (0, -1))
-    return (f'<h3>{title} <b>{last}</b></h3><svg viewBox="0 0 {W} {H}" role="img" aria-label='
-            f'"{title}: {first} at first, {last} at last">{"".join(out)}</svg>')  # fmt: skip
-
-
-def curves(rows: list[dict]) -> str:
-    """A chart for every metric that is there; those that are always 0 are only named."""
-    own = {k for row in rows for k in row if k.startswith("reward/")} - {c.key for c in CURVES}
-    own = [Curve(k, k.removeprefix("reward/"), "Mean of this reward.") for k in sorted(own)]
+def curves(rows: list[dict], before: dict) -> str:
+    """A chart for every metric that is there, evaluations from what they gave before; those that
+    are always 0 are only named."""
+    resumed = [row["step"] for row in rows if row.get("resumed") is True]
+    for row in rows:
+        spent = {phase: number(row.get(f"time/{phase}")) or 0.0 for phase in PHASES}
+        whole = sum(spent.values()) or math.nan
+        row |= {f"share/{phase}": v / whole for phase, v in spent.items()}
+    found = {key for row in rows for key, value in row.items() if number(value) is not None}
+    own = [Curve(k, k[7:], "Mean of this reward.") for k in sorted(found - {c.key for c in CURVES})
+           if k.startswith("reward/")]  # fmt: skip
+    own += [Curve(k, f"{k[5:]}, greedy", "Right answers to all questions of this set. Should rise.",
+                  True, (0, 1)) for k in sorted(found) if k.startswith("eval/")]  # fmt: skip
+    rows = [{"step": 0} | {f"eval/{k}": v.get("accuracy") for k, v in before.items()}, *rows]
     out, zero = [], []
-    for curve in (*CURVES[:3], *own, *CURVES[3:]):
-        data = series(rows, "step", curve.key, *curve.band)
-        if data.size and not data[1].any():
+    for curve in (c for c in (*CURVES[:3], *own, *CURVES[3:]) if c.key in found):
+        some = (key for key in curve.more if any(number(row.get(key)) for row in rows))
+        curve = curve._replace(more=tuple(some))
+        data = series(rows, "step", curve.key, *curve.more)
+        if data.size and not data[1:].any():
             zero.append(esc(curve.title))
         elif data.size:
-            out.append(f"<figure>{draw(curve, data)}<figcaption>{curve.says}</figcaption></figure>")
+            inside = [v for v in resumed if data[0, 0] <= v <= data[0, -1]]
+            out.append(draw(curve, data, inside))
     never = f"<p>Always 0, not drawn: {', '.join(zero)}.</p>" * bool(zero)
     return f'<div class="curves">{"".join(out)}</div>{never}' * bool(out or zero)
+
+
+def phases(rows: list[dict]) -> str:
+    """A sentence: which share of all steps' time each phase had."""
+    spent = {k: sum(number(row.get(f"time/{k}")) or 0.0 for row in rows) for k in PHASES}
+    whole = sum(spent.values())
+    shares = ", ".join(f"{k} <b>{show(v / whole, True)}</b>" for k, v in spent.items() if v)
+    return f" Of the steps' time: {shares}." * bool(whole)
 
 
 def results(summary: dict) -> str:
@@ -270,7 +192,7 @@ def group(folder: Path, row: dict) -> str:
     return asked(folder, row, lines)
 
 
-def page(folder: Path) -> str:
+def page(folder: Path, running: bool = False) -> str:
     """The whole page of a run's folder."""
     config, summary = ((read(folder / f"{k}.json") or [{}])[0] for k in ("config", "summary"))
     metrics, probed = read(folder / "metrics.jsonl"), read(folder / "probes.jsonl")
@@ -279,9 +201,13 @@ def page(folder: Path) -> str:
     plain = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in config.items()}
     about = " · ".join(f"{k} <b>{esc(plain[k])}</b>" for k in keys if plain.get(k) is not None)
     late = f"Not finished: as of step {show(metrics[-1]['step'] if metrics else 0)}."
-    notes = (about, esc(config.get("note") or ""), late * ("after" not in summary))
+    if running:
+        now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        late += f" It ran at {now}; until it ends, this page loads itself again every minute."
+    notes = (about, esc(config.get("note") or ""), late * (running or "after" not in summary))
     parts = [("Curves", "A dot is a step, or lies beyond the edge that it is on; the line is their "
-              "local mean, the number its last value.", curves(metrics)),
+              "local mean, the number its last value. Upright lines: the run was resumed."
+              + phases(metrics), curves(metrics, summary.get("before") or {})),
              ("The same questions as it learns", "Answered greedily.", probes(folder, probed))]
     for step in spread(list(dict.fromkeys(row["step"] for row in logged)), STEPS):
         groups = [group(folder, row) for row in logged if row["step"] == step][:GROUPS]
@@ -291,25 +217,27 @@ def page(folder: Path) -> str:
                    "</section>" for title, text, found in parts)  # fmt: skip
     return PAGE.format(name=esc(folder.resolve().name), style=STYLE, body=body,
                        about="</p><p>".join(filter(None, notes)), table=results(summary),
-                       config=esc(json.dumps(config, indent=1)))
+                       reload=RELOAD * running, config=esc(json.dumps(config, indent=1)))
 
 
-def write(folder) -> Path:
-    """Writes FOLDER/report.html, whole or not at all. FileNotFoundError if FOLDER holds no run."""
+def write(folder, running: bool = False) -> Path:
+    """Writes FOLDER/report.html, whole or not at all. That of a running run loads itself again,
+    until one is written that is not. FileNotFoundError if FOLDER holds no run."""
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("config.json", "metrics.jsonl")):
         raise FileNotFoundError(f"{folder}: neither config.json nor metrics.jsonl, so not a run")
     part = folder / "report.html.tmp"
-    part.write_text(page(folder), encoding="utf-8")
+    part.write_text(page(folder, running), encoding="utf-8")
     os.replace(part, folder / "report.html")
     return folder / "report.html"
 
 
+RELOAD = '<meta http-equiv="refresh" content="60">'
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src
-'unsafe-inline'"><link rel="icon" href="data:,"><title>{name}</title><style>{style}</style></head>
-<body><main><h1>{name}</h1><p>{about}</p>{table}{body}<section><details><summary>config.json
+'unsafe-inline'">{reload}<link rel="icon" href="data:,"><title>{name}</title><style>{style}</style>
+</head><body><main><h1>{name}</h1><p>{about}</p>{table}{body}<section><details><summary>config.json
 </summary><pre>{config}</pre></details></section></main></body></html>
 """
 STYLE = """
@@ -326,19 +254,21 @@ system-ui, sans-serif; font-variant-numeric: tabular-nums} pre {white-space: pre
 ui-monospace, monospace} table {width: 100%; margin: 1.5rem 0; border-collapse: collapse} td {
 white-space: nowrap} th, td {padding: .25rem .5rem .25rem 0; text-align: left} td svg {width: 9rem}
 thead {overflow-wrap: normal} thead th, .after td, .after th {border-bottom: 1px solid var(--rule)}
-svg {display: block; overflow: visible; fill: var(--soft); font-size: 11px} circle, .band {fill:
+svg {display: block; overflow: visible; fill: var(--soft); font-size: 11px} circle {fill:
 var(--line)} path {fill: none} .grid {stroke: var(--rule)} .line, .dots, .before circle {stroke:
-var(--line); stroke-width: 2} .before circle {fill: var(--paper); stroke-width: 1} .band {opacity:
-.15} .dots { stroke-width: 3; stroke-linecap: round; opacity: .25} rect {opacity: 0} rect:hover
-{opacity: .15} .curves {display: grid; gap: 2rem 2.5rem; margin: 1.5rem 0; grid-template-columns:
-repeat(auto-fill, minmax(min(100%, 19rem), 1fr))} .curves h3 {display: flex; justify-content:
-space-between} img {display: block; max-width: 100%; height: auto; margin-bottom: .6rem} article
-{margin: 2rem 0} .pixels {image-rendering: pixelated} .yes {color: var(--yes)} .no {color:
-var(--no)} ol {padding: 0} li {display: block; padding: .3rem .7rem; border-left: 3px solid
-var(--rule); margin-bottom: 2px} .up {border-color: var(--yes)} .down {border-color: var(--no)}
-@media (min-width: 52rem) {article, li {display: grid; grid-template-columns: 15rem 1fr; gap: 2rem}
-li {gap: 1rem}} ol span {white-space: nowrap} @media (max-width: 40rem) {small {display: block} tr >
-:nth-child(3), tr > :last-child {display: none} tbody th { min-width: 4.5rem}}
+var(--line); stroke-width: 2} .before circle {fill: var(--paper); stroke-width: 1} .l1 {--line:
+#c47f17} .l2 {--line: #8a63c9} .l3 {--line: #2f9e8f} .l4 {--line: #8b8780} figcaption b {color:
+var(--line)} .resumed {stroke: var(--soft); stroke-dasharray: 2 3} .dots { stroke-width: 3;
+stroke-linecap: round; opacity: .25} rect {opacity: 0} rect:hover {opacity: .15} .curves {display:
+grid; gap: 2rem 2.5rem; margin: 1.5rem 0; grid-template-columns: repeat(auto-fill, minmax(min(100%,
+19rem), 1fr))} .curves h3 {display: flex; justify-content: space-between} img {display: block;
+max-width: 100%; height: auto; margin-bottom: .6rem} article {margin: 2rem 0} .pixels
+{image-rendering: pixelated} .yes {color: var(--yes)} .no {color: var(--no)} ol {padding: 0} li
+{display: block; padding: .3rem .7rem; border-left: 3px solid var(--rule); margin-bottom: 2px} .up
+{border-color: var(--yes)} .down {border-color: var(--no)} @media (min-width: 52rem) {article, li
+{display: grid; grid-template-columns: 15rem 1fr; gap: 2rem} li {gap: 1rem}} ol span {white-space:
+nowrap} @media (max-width: 40rem) {small {display: block} tr > :nth-child(3), tr > :last-child
+{display: none} tbody th { min-width: 4.5rem}}
 """
 
 

@@ -110,6 +110,11 @@ class Rows(Sequence):
         except (ValueError, OSError, RecursionError, pa.ArrowException) as error:
             raise ValueError(f"{self.name(i)}: {error}") from error
 
+    @property
+    def total(self) -> int:
+        """How many rows there are, with those that are left out."""
+        return int(self.ends[-1])
+
     def name(self, i: int) -> str:
         """Where the i-th example comes from: "train.jsonl:12"."""
         k, n = find(self.ends, int(self.at[i]))

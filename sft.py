@@ -16,10 +16,13 @@ Letters: B rows, S tokens of all rows, T tokens of a completion.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -28,15 +31,19 @@ from tqdm import tqdm
 import deal
 import journal
 import parallel
-import report
+import plan
+import trackers
 from ahead import Ahead
+from checkpoint import read_config
 from config import opt, parse
 from data import Processor, Prompt, collate, with_picture, without_long
-from evaluate import evaluate_all, load_evals, print_summary
+from evaluate import load_evals
 from example import Example
 from journal import Seconds
+from logbook import Logbook, announce
 from model import Layout, Qwen2VL
 from optim import apply_gradients, draw_rows, make_optimizers, schedule, set_lr
+from resume import Stop, open_run, take_up
 from rewards import load_rewards
 from rollout import as_rollout, score, token_logp
 from rows import load_examples
@@ -85,6 +92,13 @@ class Config:
     probes: int = opt(6, "questions of the first eval that the report follows", least=0)
     eval_every: int = opt(100, "steps between held-out losses and probes", least=1)
     save_every: int = opt(500, "steps between checkpoints", least=1)
+    eval_saves: bool = opt(False, "score the evals at each checkpoint too, and keep the best")
+    keep: int | None = opt(2, "newest checkpoints that stay, beside the best; none: all", least=1)
+    resume: str = opt("auto", "auto: go on with the unfinished run of this config in `out`; never",
+                      choices=("auto", "never"))
+    must_save_by: float | None = opt(None, "minutes after which the run is saved and ends", above=0)
+    trackers: tuple[str, ...] = opt((), "wandb, tensorboard: where metrics go as well")
+    dry_run: bool = opt(False, "only say what the run will take")
 
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -174,33 +188,33 @@ def step_loss(model, processor, prompts: list[Prompt], cfg: Config) -> tuple[flo
     return float(parallel.total(found)), tokens, even
 
 
-def fit(model, processor, examples: Sequence[Example], cfg: Config, title="sft") -> Iterator[dict]:
+def fit(model, processor, examples: Sequence[Example], cfg: Config, title="sft", optimizers=None,
+        numbers: Iterable[int] | None = None) -> Iterator[dict]:
     """Learns the examples in the order of cfg.seed; yields a row of metrics after each step.
 
-    A step whose loss or gradient is not finite is skipped; ValueError after five in a row.
+    optimizers: default new ones. numbers of the steps to do: default all. A step whose loss or
+    gradient is not finite is skipped; ValueError after five in a row.
     """
-    steps = number_of_steps(cfg, len(examples))
+    steps, bad = number_of_steps(cfg, len(examples)), 0
     warmup = round(cfg.warmup * steps) if cfg.warmup < 1 else int(cfg.warmup)
-    optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
-    ahead, bad = Ahead(processor, examples, workers=cfg.workers), 0
+    optimizers = optimizers or make_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
     first, count = parallel.share(cfg.batch)
     half = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=cfg.bf16)
-    bar = tqdm(range(1, steps + 1), title, unit="step", leave=False, disable=parallel.rank() > 0)
-    for step in bar:
-        set_lr(optimizers, lr := cfg.lr * schedule(step, steps, warmup, cfg.schedule))
-        now, then = (draw_rows(len(examples), cfg.seed, s * cfg.batch + first, count)
-                     for s in (step - 1, step))  # fmt: skip
-        with half():
-            nll, _, even = step_loss(model, processor, ahead(now, expected=then), cfg)
-        norms = apply_gradients(model, optimizers, cfg.max_grad_norm, nll)
-        bar.set_postfix(nll=f"{nll:.3f}")
-        bad = bad + 1 if norms["grad_norm"] is None else 0
-        yield {"step": step, "lr": lr, "nll": nll, **norms, "skipped": int(bad > 0),
-               "balance": even}
-        if bad == 5:
-            raise ValueError(f"{title}, step {step}: loss or gradient was not finite in five steps "
-                             "in a row, all were skipped; try a smaller lr or max_grad_norm")
-    ahead.close()
+    with closing(Ahead(processor, examples, workers=cfg.workers)) as ahead:
+        for step in numbers or tqdm(range(1, steps + 1), title, unit="step", leave=False):
+            set_lr(optimizers, lr := cfg.lr * schedule(step, steps, warmup, cfg.schedule))
+            now, then = (draw_rows(len(examples), cfg.seed, s * cfg.batch + first, count)
+                         for s in (step - 1, step))  # fmt: skip
+            with half():
+                nll, tokens, even = step_loss(model, processor, ahead(now, expected=then), cfg)
+            norms = apply_gradients(model, optimizers, cfg.max_grad_norm, nll)
+            bad = bad + 1 if norms["grad_norm"] is None else 0
+            yield {"step": step, "lr": lr, "nll": nll, **norms, "skipped": int(bad > 0),
+                   "balance": even, "tokens": tokens}
+            if bad == 5:
+                raise ValueError(f"{title}, step {step}: loss or gradient was not finite in five "
+                                 "steps in a row, all were skipped; try a smaller lr or "
+                                 "max_grad_norm")
 
 
 def number_of_steps(cfg: Config, rows: int) -> int:
@@ -225,74 +239,96 @@ def held_out_loss(model, processor, examples: Sequence[Example], cfg: Config) ->
 # ----------------------------------------------------------------------------------------- the run
 
 
-def setup(cfg: Config, device: str) -> tuple:
-    """All that a run reads, checked before anything is written: processor, rows, held-out rows,
-    evals, model, and the run's folder."""
-    if not cfg.data:
-        raise ValueError("data: which rows? --data d/sft, rows.jsonl, or a hub id "
-                         "(MMInstruction/Clevr_CoGenT_TrainA_R1)")
-    folder = journal.newest_checkpoint(cfg.model)
-    processor = Processor.from_pretrained(folder, cfg.template, cfg.min_pixels, cfg.max_pixels,
-                                          cfg.system)
-    examples = load_examples(cfg.data, cfg.images, "train", bad_rows=cfg.bad_rows)
-    held_out = load_examples(cfg.held_out, cfg.images, "val") if cfg.held_out else ()
-    evals = load_evals(cfg.evals)
+def memory_plan(cfg: Config, start, processor, rows, evals) -> plan.Plan:
+    """What this run needs in memory and on disk, before it needs it."""
+    asked = plan.lengths(processor, rows, *evals.values())
+    new = max(len(target_ids(processor, completion_of(e))) for e in plan.spread(rows))
+    if cfg.mask == "all":
+        asked, new = {**asked, "tokens": asked["tokens"] + new}, 0
+    return plan.of(read_config(Path(start)), plan.Work(
+        prompts=cfg.batch, group=1, max_new=new, micro=cfg.micro, **asked, sft=True,
+        processes=parallel.size(), shards=cfg.shard_group, optimizer=cfg.optimizer, bf16=cfg.bf16,
+        recompute=cfg.recompute, eval_new=cfg.max_new if evals else 0,
+    ))  # fmt: skip
 
-    def length(example: Example) -> int:
-        return processor.length(example) + len(target_ids(processor, completion_of(example)))
 
-    examples = without_long(examples, length, "max_length", cfg.max_length, cfg.bad_rows)
+def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNamespace:
+    """All that a run reads, checked before anything is written: the memory that it will take, the
+    run's folder (new, or one to go on with), model and optimizers."""
+    with parallel.agreed():
+        if not cfg.data:
+            raise ValueError("data: which rows? --data d/sft, rows.jsonl, or a hub id "
+                             "(MMInstruction/Clevr_CoGenT_TrainA_R1)")
+        if cfg.batch < parallel.size():
+            raise ValueError(f"batch {cfg.batch}: fewer than the {parallel.size()} processes")
+        trackers.check_installed(cfg.trackers)
+        start = journal.newest_checkpoint(cfg.model)
+        processor = Processor.from_pretrained(start, cfg.template, cfg.min_pixels, cfg.max_pixels,
+                                              cfg.system)
+        loaded = load_examples(cfg.data, cfg.images, "train", bad_rows=cfg.bad_rows)
+        held_out = load_examples(cfg.held_out, cfg.images, "val") if cfg.held_out else ()
+        evals = load_evals(cfg.evals)
+
+        def length(example: Example) -> int:
+            return processor.length(example) + len(target_ids(processor, completion_of(example)))
+
+        rows = without_long(loaded, length, "max_length", cfg.max_length, cfg.bad_rows)
+        steps = number_of_steps(cfg, len(rows))
+        needs = memory_plan(cfg, start, processor, rows, evals)
+        announce(needs, device, cfg, len(rows), steps, cfg.batch)
+    run = open_run(cfg, steps)
+    state = run.numbers or {"step": 0, "rows": len(rows)}
     shard = partial(parallel.shard, device=device, bf16=cfg.bf16, group=cfg.shard_group)
-    model = Qwen2VL.from_pretrained(folder, device=device, shard=shard)
-    model = model.recompute_blocks() if cfg.recompute else model
-    out = journal.run_folder(cfg.out, cfg) if parallel.rank() == 0 else None
-    return processor, examples, held_out, evals, model, parallel.gathered(out)[0]
+    with parallel.agreed():
+        model = Qwen2VL.from_pretrained(run.checkpoint or start, device=device, shard=shard)
+        model = model.recompute_blocks() if cfg.recompute else model
+        optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
+        take_up(run, model, optimizers, len(rows))
+        book = Logbook(cfg, run, seconds, stop, steps=steps, model=model, processor=processor,
+                       optimizers=optimizers, evals=evals, state=state, shown=("nll",))
+    first = next(iter(evals.values()), rows)
+    return SimpleNamespace(
+        model=model, processor=processor, rows=rows, held_out=held_out, optimizers=optimizers,
+        book=book, steps=steps, skipped=getattr(loaded, "total", len(rows)) - len(rows),
+        probes=[processor.prompt(e) for e in islice(first, cfg.probes)],
+    )  # fmt: skip
 
 
 def train(cfg: Config) -> dict:
     """Setup, measure, learn, measure; returns the summary, which is also summary.json."""
     device, seconds = parallel.start(), Seconds()
-    try:
-        processor, examples, held_out, evals, model, out = setup(cfg, device)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
     half = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=cfg.bf16)
-    steps, main_process = number_of_steps(cfg, len(examples)), parallel.rank() == 0
-    probes = [processor.prompt(e) for e in islice(next(iter(evals.values()), examples), cfg.probes)]
     scored = load_rewards(("accuracy", "format"))
+    with Stop(cfg.must_save_by) as stop:
+        with seconds("setup"), parallel.told():
+            run = setup(cfg, device, seconds, stop)
+        model, processor, book = run.model, run.processor, run.book
 
-    def measure(step: int) -> dict:
-        """Held-out loss; the main process also writes answers to the probes."""
-        with seconds("eval"), half(), parallel.whole_weights(model):
-            if main_process:
-                journal.log_probes(out, step, model, processor, probes, scored, cfg.max_new)
-            loss = held_out_loss(model, processor, held_out, cfg) if held_out else None
-        return {} if loss is None else {"held_out_nll": loss}
+        def measure(step: int) -> dict:
+            """Held-out loss; the main process also writes answers to the probes."""
+            with seconds("eval"), half(), parallel.whole_weights(model):
+                if parallel.rank() == 0:
+                    journal.log_probes(book.out, step, model, processor, run.probes, scored,
+                                       cfg.max_new)
+                if not run.held_out:
+                    return {}
+                return {"held_out_nll": held_out_loss(model, processor, run.held_out, cfg)}
 
-    with seconds("eval"), half(), parallel.whole_weights(model):
-        before = evaluate_all(model, processor, evals, cfg.max_new, out, "before")
-    first = measure(0)
-    try:
-        for row in fit(model, processor, examples, cfg):
-            step = row["step"]
-            if step % cfg.eval_every == 0 or step == steps:
-                row |= measure(step)
-            if main_process:
-                journal.append(out / "metrics.jsonl", {**row, "seconds": seconds.since_start()})
-            if step % cfg.save_every == 0 or step == steps:
-                journal.save_checkpoint(model, processor, out / f"step_{step:06d}")
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
-    with seconds("eval"), half(), parallel.whole_weights(model):
-        after = evaluate_all(model, processor, evals, cfg.max_new, out, "after")
-    summary = {"before": before, "after": after, "steps": steps, "rows": len(examples),
-               "nll": row["nll"], "held_out_nll": [x.get("held_out_nll") for x in (first, row)],
-               "seed": cfg.seed, "seconds": round(seconds.since_start(), 1),
-               "peak_memory_gb": round(journal.peak_memory_gb(), 3)}  # fmt: skip
-    if main_process:
-        journal.write_json(summary, out / "summary.json")
-        print_summary(summary, out, report.write(out))
-    return summary
+        book.open()
+        if "first" not in book.state:
+            book.state["first"] = measure(0)
+        learnt = fit(model, processor, run.rows, cfg, optimizers=run.optimizers,
+                     numbers=book.steps("sft"))  # fmt: skip
+        with parallel.told():
+            for row in learnt:
+                step, tokens = row["step"], row.pop("tokens")
+                if step % cfg.eval_every == 0 or step == run.steps:
+                    row |= measure(step)
+                book.state["end"] = {k: row.get(k) for k in ("nll", "held_out_nll")}
+                book.end(step, {**row, "rows_skipped": run.skipped}, cfg.batch, tokens)
+        end = book.state["end"]
+        losses = [x.get("held_out_nll") for x in (book.state["first"], end)]
+        return book.close(rows=len(run.rows), nll=end["nll"], held_out_nll=losses)
 
 
 def main(argv=None) -> dict:

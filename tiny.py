@@ -33,9 +33,10 @@ from config import opt, parse
 from data import PREPROCESSOR, Processor
 from example import Example
 from eye import WORLDS, train_eye
-from journal import save_checkpoint, write_json
+from journal import write_json
 from model import Qwen2VL
 from rewards import ANSWER, THINK
+from saving import save_checkpoint
 from sft import Config as SFTConfig
 from sft import fit, taught
 from template import TEMPLATES

@@ -12,9 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A file imports only files that stand above it.
 ORDER = [
-    "config", "hub", "verify", "rewards", "template", "draw", "world", "images", "example",
-    "checkpoint", "model", "parallel", "optim", "shards", "scenes", "rows", "scorers", "patches",
-    "data", "ahead", "rollout", "journal", "evaluate", "report", "grpo", "sft", "chat",
+    "config", "hub", "worker", "verify", "rewards", "template", "draw", "world", "images",
+    "example", "checkpoint", "model", "parallel", "optim", "shards", "scenes", "rows", "scorers",
+    "patches", "data", "ahead", "rollout", "deal", "plan", "tally", "journal", "saving", "resume",
+    "trackers", "advice", "evaluate", "chart", "report", "logbook", "grpo", "sft", "chat",
     "describe", "traces", "pack", "distill", "eye", "tiny", "controls", "paper", "bench",
 ]  # fmt: skip
 LINES = {"grpo": 400, "model": 600, "world": 450}  # every other file 350
@@ -23,7 +24,8 @@ COLUMNS = 100
 # Lines that hold something, of groups of files that are read for a purpose (LOG.md says why).
 GROUPS = {
     "the loop, and all that it calls": (4000, (
-        "config", "hub", "verify", "rewards", "template", "images", "example", "checkpoint",
+        "config", "hub", "worker", "verify", "rewards", "template", "images", "example",
+        "checkpoint",
         "model", "parallel", "optim", "shards", "rows", "patches", "data", "ahead", "rollout",
         "journal", "scorers", "evaluate", "report", "grpo",
     )),

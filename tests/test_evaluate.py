@@ -7,6 +7,7 @@ right and well formed, right only, well formed only, neither, and two answers at
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,10 +24,10 @@ import rewards
 import scenes
 from data import Example, Processor, collate
 from evaluate import evaluate, main, prompt_of
-from journal import save_checkpoint
 from model import Layout, Qwen2VL
 from rollout import as_rollout, score
 from rows import load_examples
+from saving import save_checkpoint
 from scorers import wilson
 
 COLOURS = np.array([[250, 250, 250], [200, 30, 30], [20, 40, 220], [10, 10, 10]], np.uint8)
@@ -393,21 +394,20 @@ def test_pictures_keep_within_the_limits_in_pixels(taught, tmp_path):
 # -------------------------------------------------------------------- an interrupted evaluation
 
 STOPS = """
-import os
+import os, signal, time
 from pathlib import Path
 
 HERE = Path(__file__).parent
 
 
 def mine(text, example):
-    "1 if 3 is in the text. Notes the row, and stops at the one that the file `stop` names."
+    "1 if 3 is in the text. Notes the row; stops the evaluation at the one that `stop` names."
     with open(HERE / "asked", "a") as f:
         f.write(example.row.partition(":")[2] + " ")
     row, how = (HERE / "stop").read_text().split()
     if example.row.endswith(f":{row}"):
-        if how == "kill":
-            os.kill(os.getpid(), 9)
-        raise KeyboardInterrupt
+        os.kill(os.getppid(), signal.SIGKILL if how == "kill" else signal.SIGINT)
+        time.sleep(60)
     return float("3" in text)
 """
 
@@ -466,7 +466,9 @@ class Stopped:
 
 @pytest.fixture
 def stopped(taught, tmp_path):
-    return Stopped(taught, tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
+    yield Stopped(taught, tmp_path)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(taught, stopped):

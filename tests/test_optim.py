@@ -7,7 +7,7 @@ import torch
 from tiny_checkpoint import make_checkpoint
 
 from model import Qwen2VL
-from optim import apply_gradients, draw_rows, make_optimizers, schedule, set_lr
+from optim import Muon, apply_gradients, draw_rows, make_optimizers, part_of, schedule, set_lr
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_adamw_has_every_weight_once(qwen):
 
 def test_muon_and_adamw_share_the_weights_out_between_them(qwen):
     adamw, muon = make_optimizers(qwen, "muon", 1e-3)
-    assert (type(adamw), type(muon)) == (torch.optim.AdamW, torch.optim.Muon)
+    assert (type(adamw), type(muon)) == (torch.optim.AdamW, Muon)
     assert not names_of(qwen, adamw) & names_of(qwen, muon)
     both = names_of(qwen, adamw) | names_of(qwen, muon)
     assert both == {n for n, _ in qwen.named_parameters()}
@@ -137,16 +137,33 @@ def two_weights(*gradients):
 def test_a_long_gradient_is_scaled_down_to_max_norm_over_all_weights():
     """|(3, 0, 4)| = 5 over both weights; with max_norm 1 the step is (0.6, 0, 0.8)."""
     model, sgd = two_weights([3.0, 0.0], [4.0])
-    assert apply_gradients(model, [sgd], 1.0, loss=0.5) == pytest.approx(5.0)
+    assert apply_gradients(model, [sgd], 1.0, loss=0.5)["grad_norm"] == pytest.approx(5.0)
     assert model[0].tolist() == pytest.approx([0.4, 1.0], abs=1e-5)
     assert model[1].tolist() == pytest.approx([0.2], abs=1e-5)
 
 
 def test_a_short_gradient_is_left_as_it_is():
     model, sgd = two_weights([0.3, 0.0], [0.4])
-    assert apply_gradients(model, [sgd], 1.0, loss=0.5) == pytest.approx(0.5)
+    assert apply_gradients(model, [sgd], 1.0, loss=0.5)["grad_norm"] == pytest.approx(0.5)
     assert model[0].tolist() == pytest.approx([0.7, 1.0])
     assert model[1].tolist() == pytest.approx([0.6])
+
+
+def test_norms_are_told_by_part(qwen):
+    """1 in one weight of the tower, 2 in one of the merger, 2 in one of the decoder: 3 in all."""
+    named = dict(qwen.named_parameters())
+    parts = {"visual.blocks.0.norm1.weight": 1.0, "visual.merger.ln_q.weight": 2.0,
+             "model.norm.weight": 2.0}  # fmt: skip
+    for name, value in parts.items():
+        named[name].grad = torch.zeros_like(named[name])
+        named[name].grad[0] = value
+    assert apply_gradients(qwen, [], 1.0, loss=0.5) == {
+        "grad_norm": 3.0, "grad_norm/vision": 1.0, "grad_norm/merger": 2.0,
+        "grad_norm/language": 2.0,
+    }  # fmt: skip
+    assert {part_of(n) for n in named if n.startswith("visual.b")} == {"vision"}
+    assert part_of("visual.patch_embed.proj.weight") == "vision"
+    assert part_of("lm_head.weight") == "language"
 
 
 def test_every_optimizer_steps():
@@ -176,7 +193,7 @@ def test_a_step_that_is_not_finite_is_skipped(loss, gradient):
     averages = [adamw.state[p]["exp_avg"].clone() for p in model]
     for p in model:
         p.grad = torch.full_like(p, gradient)
-    assert apply_gradients(model, [adamw], 1.0, loss) is None
+    assert apply_gradients(model, [adamw], 1.0, loss)["grad_norm"] is None
     assert all(torch.equal(p, w) for p, w in zip(model, weights))
     assert all(torch.equal(adamw.state[p]["exp_avg"], a) for p, a in zip(model, averages))
     assert [int(adamw.state[p]["step"]) for p in model] == [1, 1]

@@ -1,18 +1,39 @@
 """Chapter two of rewards.py: what scores, what does not, and what a policy might try."""
 import itertools
+import os
 import random
 import re
+import signal
+import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import rewards
 import verify
-from rewards import ANSWER, REWARDS, THINK, final_answer, gold_answer, load_rewards, same
+import worker
+from example import Example
+from rewards import (
+    ANSWER,
+    REWARDS,
+    THINK,
+    final_answer,
+    gold_answer,
+    load_rewards,
+    same,
+    score_all,
+)
+from worker import counted
 
 math_verify = pytest.importorskip("math_verify")  # the oracle
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
+# It keeps tables of characters, which are no part of this folder.
+hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 
 R1V_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 R1V_ANSWER = re.compile(r"<answer>(.*?)</answer>")
@@ -98,7 +119,11 @@ def test_the_gold_is_unwrapped_once():
     ("3</answer>", None), ("</answer>3<answer>", None), ("</answer><answer>3", None),
     ("<answer>3</answer></think>", None),
     ("<answer></answer>", None), ("<answer> \n </answer>", None), ("< answer>3</ answer>", None),
-    ("<ANSWER>3</ANSWER>", None), ("<think><answer>3</answer></think>", None)])
+    ("<ANSWER>3</ANSWER>", None), ("<think><answer>3</answer></think>", None),
+    (say("3", ""), None), (say("3", " \n\t"), None), ("</think><answer>3</answer>", None),
+    ("<think></think></think></think><answer>3</answer>", None),
+    ("<think><think> </think><answer>3</answer>", None), (say("3", "."), "3"),
+    ("a thought of a template's own <think></think><answer>3</answer>", "3")])
 def test_the_final_answer_is_the_one_after_the_last_thought(text, answer):
     assert final_answer(text) == answer
 
@@ -168,6 +193,86 @@ def test_where_math_verify_is_killed_there_is_no_reward(monkeypatch):
 def test_a_wrong_number_does_not_score_though_no_letter_is_wrong():
     """Defect 2."""
     assert [accuracy(say(str(n))) for n in range(6)] == [0, 0, 0, 1, 0, 0]
+
+
+# ---- what a policy tries: one table ----
+
+NOTHING, ANSWERED, FORMED, BOTH = (0, 0), (1, 0), (0, 1), (1, 1)    # accuracy, format
+ATTACKS = {                                                         # the gold is 3
+    "none of these": (say("3"), BOTH),
+    "none, in white space": (f"\n{say(' 3 ', ' so ')}\n", BOTH),
+    "a wrong answer": (say("4"), FORMED),
+    "no thought, as to a direct prompt": ("<answer>3</answer>", ANSWERED),
+    "an empty answer": (say(""), NOTHING), "a blank one": (say(" \n "), NOTHING),
+    "an empty thought": (say("3", ""), NOTHING), "a blank thought": (say("3", " \n"), NOTHING),
+    "only tags": ("<think></think><answer></answer>", NOTHING),
+    "a thought of tags": (say("3", "<think></think>"), NOTHING),
+    "closed again and again": ("<think></think></think></think><answer>3</answer>", NOTHING),
+    "only closed": ("</think><answer>3</answer>", NOTHING),
+    "an enumeration in words": (say("3 or 4"), FORMED),
+    "with commas": (say("1, 2, 3"), FORMED), "with blanks": (say("1 2 3"), FORMED),
+    "in lines": (say("1\n2\n3"), FORMED), "of all choices": (say("A or B or C or 3"), FORMED),
+    "a range": (say("1-9"), FORMED), "a not": (say("not 4 but 3"), FORMED),
+    "candidates in the thought": (say("4", "1 2 3 4 5 <answer>3</answer>"), NOTHING),
+    "candidates before the form": (f"1 2 3 {say('4')}", NOTHING),
+    "candidates after it": (f"{say('4')} 1 2 3", NOTHING),
+    "two answers, right first": (say("3") + "<answer>4</answer>", NOTHING),
+    "two answers, right last": (say("4") + "<answer>3</answer>", NOTHING),
+    "the right one twice": (say("3") + "<answer>3</answer>", NOTHING),
+    "nested answers": (say("<answer>3</answer>"), NOTHING),
+    "a second try": (say("4") + say("3"), ANSWERED),        # the last commits, the form is broken
+    "a second try, taken back": (say("3") + say("4"), NOTHING),
+    "a thought after the answer": (say("3") + "<think>so</think>", NOTHING),
+    "the answer in the thought": ("<think><answer>3</answer></think>", NOTHING),
+    "crossed tags": ("<think>a<answer>3</think></answer>", NOTHING),
+    "an unclosed answer": ("<think>a</think><answer>3", NOTHING),
+    "an unclosed thought": ("<think>a<answer>3</answer>", ANSWERED),
+    "the gold behind its tag": (say("4") + "3", NOTHING),
+    "tags in capitals": ("<THINK>a</THINK><ANSWER>3</ANSWER>", NOTHING),
+    "the prompt's own tags": (f"write {say('your answer')} {say('3')}", ANSWERED),
+    "an end mark inside": (say("3<|im_end|>"), FORMED), "NUL": (say("3\0"), FORMED),
+    "blanks that are none": (say("3\u200b"), FORMED), "other digits": (say("３"), FORMED),
+    "a formula": (say("2+1"), FORMED), "a power": (say("3**1"), FORMED),
+    "code": (say("__import__('os')"), FORMED), "a tower": (say("9^{9^{9^9}}"), FORMED)}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_gets_what_the_table_says(name):
+    text, (right, formed) = ATTACKS[name]
+    assert (accuracy(text), form(text)) == (right, formed)
+
+
+def test_math_gives_to_an_attack_no_more_than_accuracy_but_for_what_is_equal(monkeypatch):
+    monkeypatch.setattr(verify.JUDGE, "seconds", 1.0)
+    found = score_all([("math", rewards.math, 1.0)], [text for text, _ in ATTACKS.values()],
+                      [gold("3")] * len(ATTACKS))[0]
+    more = {name: value for (name, (_, (right, _))), value in zip(ATTACKS.items(), found)
+            if value != right}
+    assert more == {"a formula": 1, "a tower": None}
+
+
+def test_r1v_gives_to_attacks_what_ours_refuse():
+    """Which is why its rules are here by name, for comparison."""
+    r1v = {name for name, (text, (right, _)) in ATTACKS.items()
+           if rewards.r1v_accuracy(text, gold("3")) == 1 and not right}
+    assert r1v >= {"candidates in the thought", "candidates before the form", "of all choices",
+                   "two answers, right first", "a second try, taken back", "an empty thought",
+                   "the answer in the thought"}
+    assert rewards.r1v_format(ATTACKS["only tags"][0], gold("3")) == 1
+
+
+@pytest.mark.parametrize("solution", ["", " ", "<answer></answer>", "$", r"\frac{", "{", "?", "\0"])
+def test_a_gold_that_says_nothing_does_not_reward_everyone(solution):
+    """Defect 8: MM-EUREKA and LMM-R1 give 1 to all where the gold cannot be parsed."""
+    for answer in ("3", "x", "", "no", "]"):
+        assert accuracy(say(answer), solution) == math(say(answer), solution) == 0
+
+
+def test_only_the_completion_is_scored():
+    """Defect 9: the prompt has tags of its own, and may hold the gold."""
+    example = Example(f"Answer as {say('3')}. Is it 3?", "3")
+    for reward in REWARDS.values():
+        assert reward("I do not know", example) == 0
 
 
 # ---- format ----
@@ -273,6 +378,69 @@ def test_no_text_raises_or_leaves_the_range(name):
         assert REWARDS[name](text, gold(text)) in (0.0, 1.0)
 
 
+SIZES = st.sampled_from([1, 2, 30, 1000, 100_000])
+WORDS = st.sampled_from([*PIECES, "9**9**9**9", "9^{9^{9^9}}", r"\frac{", r"\sqrt{", "}", "$", "{",
+                         r"\boxed{", r"\(", "^", "∞", "nan", "-inf", "√", "°", "米", "A or B"])
+ANY = WORDS | st.text(st.characters(exclude_categories=()), max_size=20)   # surrogates too
+LONG = st.builds(lambda word, n: word * (n // max(1, len(word)) or 1), ANY, SIZES)
+TEXTS = st.lists(LONG, max_size=8).map("".join)
+ANSWERS = st.builds(lambda a, b, c: f"{a}<think>{b}</think><answer>{c}</answer>",
+                    st.just("") | ANY, TEXTS, TEXTS)
+property_of = hypothesis.settings(deadline=None, derandomize=True, database=None,
+                                  suppress_health_check=[*hypothesis.HealthCheck])
+
+
+ASKED = [function.__name__ for function in rewards.ASK]     # those that ask math-verify
+
+
+def in_range_and_quick(name, text, solution):
+    """The value; less than a second of this process, and math-verify's limit of waiting."""
+    start, wall = time.process_time(), time.monotonic()
+    value = REWARDS[name](text, gold(solution))
+    assert time.process_time() - start < 1 and time.monotonic() - wall < verify.SECONDS + 2
+    assert (value is None and name in ASKED) or (type(value) is float and value in (0.0, 1.0))
+    return value
+
+
+@pytest.mark.parametrize("name", sorted({*REWARDS} - {*ASKED}))
+def test_property_any_text_has_a_value_in_range_at_once(name):
+    @hypothesis.given(TEXTS | ANSWERS, TEXTS)
+    @hypothesis.settings(property_of, max_examples=200)
+    def holds(text, solution):
+        in_range_and_quick(name, text, solution)
+        if name == "format":
+            assert form(text) <= bool(final_answer(text))
+        if name == "accuracy" and final_answer(text) is None:
+            assert accuracy(text, solution) == 0
+    holds()
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_property_any_text_has_a_value_in_range_where_math_verify_is_asked(name, monkeypatch):
+    monkeypatch.setattr(verify.JUDGE, "seconds", 1.0)
+
+    @hypothesis.given(TEXTS | ANSWERS, TEXTS)
+    @hypothesis.settings(property_of, max_examples=25)
+    def holds(text, solution):
+        value = in_range_and_quick(name, text, solution)
+        assert value is None or value >= accuracy(text, solution) or name != "math"
+    holds()
+
+
+def test_property_an_answer_is_itself_and_nothing_in_its_thought_counts():
+    @hypothesis.given(TEXTS, TEXTS)
+    @hypothesis.settings(property_of, max_examples=100)
+    def holds(thought, answer):
+        text = say(answer, thought)
+        clean = not any(tag in answer for tag in THINK + ANSWER) and bool(answer.strip())
+        thinks = bool(thought.replace(THINK[0], "").replace(THINK[1], "").strip())
+        assert final_answer(text) == (answer.strip() if clean and thinks else final_answer(text))
+        if clean and thinks:
+            assert accuracy(text, answer) == 1 or ANSWER[0] in answer
+            assert form(text) == all(tag not in thought for tag in THINK + ANSWER)
+    holds()
+
+
 N = 100_000                                             # characters; a completion rarely has 10,000
 
 
@@ -294,7 +462,13 @@ HOSTILE = {
     "open lines": "<answer>\n" * (N // 9), "lines": "\n" * N, "spaces": " " * N, "angles": "<" * N,
     "spaces in the answer": say("3" + " " * N + "4"), "digits": say("1" * N),
     "groups": say("1,111" * (N // 5)), "dots": say("." * N), "words": say("a " * (N // 2)),
-    "brackets": say("(" * N)}
+    "brackets": say("(" * N),
+    # what stops peers: VLM-R1's, EasyR1's and TRL's patterns, seconds at 2,000 to 32,000 characters
+    "boxes": "<think></think><answer>" + "{[1,1,1,1]}" * (N // 11),
+    "boxes again": "<think></think><answer>{[1,1,1,1]}" * (N // 34),
+    "boxed": "<think>" + "</think>\\boxed{" * (N // 15), "blanks, slash": " " * N + "/",
+    "braces": say("{" * N), "fractions": say(r"\frac{1}{" * (N // 9) + "}" * (N // 9)),
+    "towers": say("9**" * (N // 3) + "9"), "roots": say("√" * N), "units": say("3" + "米" * N)}
 
 
 @pytest.mark.parametrize("name", REWARDS)
@@ -310,6 +484,12 @@ def test_100_000_hostile_characters_take_well_under_a_second(name, case):
 
 
 # ---- the rewards of a run ----
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """For each of one's own, since a start takes 0.1 s."""
+    monkeypatch.setattr(worker, "MOST", 1)
+
 
 def own(tmp_path, source):
     path = tmp_path / "mine.py"
@@ -381,17 +561,182 @@ def test_a_wrong_function_is_refused_at_start(source, message, tmp_path):
             load_rewards((name,))
 
 
-def test_an_error_in_one_s_own_file_is_shown_as_it_is(tmp_path):
-    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        load_rewards((f"{own(tmp_path, 'import no_such_module')}:f",))
+@pytest.mark.parametrize("source, message", [
+    ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+    ("x = 1\nraise KeyError(x)", r'mine.py", line 2, in .*KeyError\(x\).*KeyError: 1'),
+    ("def f(text, example: return 1", r"mine.py\", line 1\n.*SyntaxError"),
+    ("import sys\nsys.exit(3)", "does not start, it ended")])
+def test_an_error_in_one_s_own_file_is_shown_as_it_is(source, message, tmp_path):
+    with pytest.raises(ValueError, match=rf"(?s)^reward .*mine.py:f: .*{message}"):
+        load_rewards((f"{own(tmp_path, source)}:f",))
 
 
-@pytest.mark.parametrize("value", ["'1'", "float('nan')", "float('inf')", "[1]", "1j"])
+def test_a_file_that_hangs_while_it_is_loaded_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "START_SECONDS", 1.0)
+    path, start = own(tmp_path, "while True: pass"), time.monotonic()
+    with pytest.raises(ValueError, match=r"mine.py:f: .*not ready after 1 s"):
+        load_rewards((f"{path}:f",))
+    assert time.monotonic() - start < 4
+
+
+@pytest.mark.parametrize("value", ["'1'", "float('nan')", "float('inf')", "[1]", "1j", "10**400"])
 def test_one_s_own_reward_must_give_a_finite_number(value, tmp_path):
-    path = own(tmp_path, f"def f(text, example): return {value}")
+    path = own(tmp_path, f"def f(text, example): return {value} if text else 1")
     [(_, function, _)] = load_rewards((f"{path}:f",))
-    with pytest.raises(ValueError, match=r"f: gave .*; must be a finite number or None"):
-        function("", gold("3"))
+    with pytest.raises(ValueError, match=r"(?s)mine.py:f: .*(gave .*; must be a finite number or "
+                                         r"None|int too large)"):
+        function("so", gold("3"))
+    assert function("", gold("3")) == 1 and function("so", gold("3")) is None
+
+
+# ---- one's own can hurt nobody ----
+
+def test_the_trainer_does_not_run_the_file(tmp_path, monkeypatch):
+    path = own(tmp_path, "import os, signal, sys, rewards\nos.environ['HURT'] = '1'\n"
+                         "os.chdir('/')\nsys.path.append('/')\nrewards.same = None\n"
+                         "signal.signal(signal.SIGALRM, lambda *_: None)\n"
+                         "def f(text, example):\n"
+                         "    example.extra['seen'] = 1\n"
+                         "    return os.getpid()\n")
+    example, before = Example("", "3"), (os.getcwd(), [*sys.path], {*sys.modules})
+    [(_, function, _)] = load_rewards((f"{path}:f",))
+    assert function("", example) not in (os.getpid(), os.getppid())
+    assert (os.getcwd(), sys.path) == before[:2] and "HURT" not in os.environ
+    assert not {x for x in {*sys.modules} - before[2] if "mine" in x} and example.extra == {}
+    assert rewards.same("3", "3.0") and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_the_example_arrives_whole(tmp_path):
+    path = own(tmp_path, "from example import Example\n"
+                         "def f(text, example):\n"
+                         "    a, b, c = example.images\n"
+                         "    assert type(example) is Example and a.dtype == 'uint8'\n"
+                         "    assert a.shape == (320, 480, 3) and str(b) == 'a.png' and c == b'x'\n"
+                         "    assert example.extra == {'at': [(0.5, 2)], '\\ud800': None}\n"
+                         "    e = example\n"
+                         "    assert (e.problem, e.task, e.row) == ('q', 't', 'r')\n"
+                         "    return int(a.sum()) + len(text + example.solution)\n")
+    image = np.random.default_rng(0).integers(0, 255, (320, 480, 3), dtype=np.uint8)
+    example = Example("q", "\ud800", (image, Path("a.png"), b"x"), "t", "r",
+                      {"at": [(0.5, 2)], "\ud800": None})
+    [(_, function, _)] = load_rewards((f"{path}:f",))
+    assert function("\0\ud800", example) == image.sum() + 3
+
+
+HARMFUL = """
+import os, time
+def f(text, example):
+    if text == "hang":
+        while True: pass
+    if text == "tower": return 9**9**9**9
+    if text == "die": os._exit(0)
+    if text == "fill": return len(bytearray(2**30))
+    if text == "raise": raise KeyError("odd")
+    if text == "word": return "word"
+    if text == "print": print('{"value": 7}')
+    return len(text)
+def g(text, example): return f(text, example)
+"""
+
+
+def test_what_hangs_dies_or_fills_the_memory_has_no_reward_and_is_counted(tmp_path, capsys):
+    [(_, function, _)] = load_rewards((f"{own(tmp_path, HARMFUL)}:f",), (), 0.7, 0.5)
+    counted()
+    texts = ["a", "hang", "bb", "die", "print", "fill", "tower", "ccc"]
+    [values] = score_all([("f", function, 1.0)], texts, [gold("3")] * 8)
+    assert values == [1.0, None, 2.0, None, 5.0, None, None, 3.0]
+    assert counted() == {"killed": 4, "failed": 0}
+    told = capsys.readouterr().err
+    assert told.count("no reward") == 1 and "mine.py:f: was killed or died" in told
+    assert "0.7 s and 0.5 GB" in told
+    assert function("hang", gold("3")) is None and capsys.readouterr().err == ""
+
+
+def test_what_raises_has_no_reward_and_is_told_once(tmp_path, capsys):
+    both = load_rewards([f"{own(tmp_path, HARMFUL)}:{name}" for name in "fg"])
+    counted()
+    texts = ["raise", "a", "word", "bb"]
+    assert score_all(both, texts, [gold("3")] * 4) == [[None, 1.0, None, 2.0]] * 2
+    assert counted() == {"killed": 0, "failed": 4}
+    told = capsys.readouterr().err
+    assert told.count("KeyError: 'odd'") == 2 and 'raise KeyError("odd")' in told
+    assert told.count("said once") == 2
+    assert score_all(both, texts, [gold("3")] * 4) == [[None, 1.0, None, 2.0]] * 2
+    assert capsys.readouterr().err == ""
+
+
+def test_one_that_has_never_worked_and_fails_for_all_texts_is_a_mistake(tmp_path, capsys):
+    """Told in the first step, not after the night. Once it has worked, it may be the texts."""
+    path = own(tmp_path, HARMFUL)
+    both = load_rewards(("accuracy", f"{path}:f"), (), 0.7)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"(?s)mine.py:f: failed for each of 2 texts; .*"
+                                             r'raise KeyError\("odd"\)\n.*\nKeyError: .odd'):
+            score_all(both, ["word", "raise"], [gold("3")] * 2)
+    assert score_all(both, ["hang", "raise"], [gold("3")] * 2)[1] == [None, None]
+    with pytest.raises(ValueError, match="failed for each of 1 texts"):
+        both[1][1]("raise", gold("3"))
+    assert score_all(both, ["a", "raise"], [gold("3")] * 2)[1] == [1.0, None]
+    assert score_all(both, ["word", "raise"], [gold("3")] * 2)[1] == [None, None]
+    assert both[1][1]("raise", gold("3")) is None
+
+
+def test_a_process_that_replaces_another_runs_what_the_first_one_ran(tmp_path):
+    path = own(tmp_path, "import os, beside\n"
+                         "def f(text, example): return beside.one if text else os._exit(0)\n")
+    (tmp_path / "beside.py").write_text("one = 1")
+    [(_, function, _)] = load_rewards((f"{path}:f",))
+    path.write_text("this is no Python")
+    assert [function(text, gold("3")) for text in ("a", "", "b")] == [1.0, None, 1.0]
+
+
+# ---- many at a time ----
+
+def test_score_all_gives_what_a_loop_gives(tmp_path):
+    path = own(tmp_path, "def size(text, example):\n"
+                         "    return None if not text else len(text) + len(example.solution)\n")
+    loaded = load_rewards((*REWARDS, f"{path}:size"), range(6))
+    some = [*texts(60, seed=2), say("1/2"), say(r"\frac{2}{4}"), say("0.5"), say("x"), say("x")]
+    examples = [gold(solution) for _, solution in zip(some, itertools.cycle(["3", r"\frac12"]))]
+    table = score_all(loaded, some, examples)
+    assert table == [[f(*row) for row in zip(some, examples)] for _, f, _ in loaded]
+    assert [len(row) for row in table] == [len(some)] * 6 and None in table[5]
+    assert all(value is None or type(value) is float for row in table for value in row)
+    assert score_all(loaded, [], []) == [[]] * 6 and score_all([], ["a"], [gold("3")]) == []
+
+
+def test_a_plain_function_is_a_reward_too():
+    assert score_all([("n", lambda text, example: len(text), 1.0)], ["a", "bb"], [None] * 2) == [
+        [1.0, 2.0]]
+
+
+def test_math_verify_is_asked_once_about_what_several_texts_say(monkeypatch):
+    monkeypatch.setattr(verify.JUDGE, "seconds", 0.4)
+    tower = say("5^{5^{5^5}}")
+    counted()
+    some = [tower, say("6/2"), tower, say("4"), tower, say("$6/2$", "well")]
+    [values] = score_all([("math", rewards.math, 1.0)], some, [gold("3")] * 6)
+    assert values == [None, 1.0, None, 0.0, None, 1.0]
+    assert counted() == {"killed": 1, "failed": 0}
+
+
+def test_one_s_own_are_called_at_the_same_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "MOST", 4)
+    monkeypatch.setattr(worker, "cores", lambda: 4)
+    path = own(tmp_path, "import time\ndef f(text, example): time.sleep(0.25); return int(text)\n")
+    loaded = load_rewards((f"{path}:f",))
+    start = time.monotonic()
+    assert score_all(loaded, [*"01234567"], [gold("3")] * 8) == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert time.monotonic() - start < 1.5               # one after another they take 2 s
+
+
+def test_no_alarm_is_set_in_the_trainer():
+    """It works in the main thread only, ends no call into C, and a user's own code may set it."""
+    rewards.math(say("6/2"), gold("3"))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    root = Path(rewards.__file__).parent
+    assert [path.name for path in sorted(root.glob("*.py"))
+            if "SIGALRM" in path.read_text(encoding="utf-8")] == ["worker.py"]
 
 
 def test_the_tag_words_stand_in_one_place():

@@ -1,25 +1,23 @@
-"""verify.py, chapter two: math-verify's verdicts, and what no text can do to the process that asks.
+"""verify.py, chapter two: math-verify's verdicts, in bounded time. test_worker.py has the rest.
 
 The oracle is math-verify itself, called in this process with texts that are known to be harmless.
 """
 
-import os
 import random
-import signal
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import verify
-from verify import JUDGE, MEMORY, Worker, judge
+from verify import JUDGE, MEMORY, judge, judge_all, verify_all
+from worker import Pool, counted
 
 math_verify = pytest.importorskip("math_verify")  # the oracle
 
-ROOT = Path(__file__).resolve().parent.parent
 ENDLESS = "5^(5^(5^5))"  # Math-Verify issue 65: one power of integers, inside C
 
 
@@ -27,25 +25,6 @@ def oracle(text: str, gold: str) -> tuple[bool, str | None]:
     """As R1-V asks: src/r1-v/src/open_r1/grpo.py, src/eval/test_qwen2vl_geoqa.py."""
     found, wanted = math_verify.parse(text), math_verify.parse(gold)
     return math_verify.verify(found, wanted) > 0, str(found[0]) if found else None
-
-
-@pytest.fixture(scope="module")
-def hasty():
-    """A worker of its own that gives up after half a second."""
-    worker = Worker(JUDGE.command, 0.5)
-    yield worker
-    worker.stop()
-
-
-def gone(pid: int, seconds: float) -> bool:
-    """Whether a process that is not ours to wait for ends within some seconds."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        stat = Path(f"/proc/{pid}/stat")
-        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
-            return True
-        time.sleep(0.02)
-    return False
 
 
 # -------------------------------------------------------------------------------------- verdicts
@@ -99,134 +78,81 @@ def test_of_a_long_text_the_end_is_read():
 # ------------------------------------------------------------------------- what would never end
 
 
-def test_what_does_not_end_is_killed_and_the_next_question_is_answered(hasty):
-    assert hasty.ask("3", "3", False) == [True, "3"]
-    first, start = hasty.process, time.monotonic()
-    assert hasty.ask(ENDLESS, "3", False) is None
-    assert 0.5 <= time.monotonic() - start < 2
-    assert first.returncode == -signal.SIGKILL
-    assert hasty.ask("4", "3", False) == [False, "4"]
-    assert hasty.process.pid != first.pid
+HOSTILE = [
+    ENDLESS, "9**9**9**9", r"$\sqrt{9^{9^{9^9}}}$", "(10^(10^10))!",
+    "$" + r"\frac{1}{" * 400 + "2" + "}" * 400 + "$", "$" + "{" * 9000 + "$", "(" * 9000,
+    r"$\sqrt" * 3000, "9" * 9999, "1+" * 4999 + "1", r"\boxed{" * 1000 + "3" + "}" * 1000,
+    "$x" + "^x" * 2000 + "$", "\0" * 9999, "\ud800" * 9999, r"$\int\sum\prod \lim_{x}$" * 400,
+]  # fmt: skip
 
 
-def test_the_public_function_has_the_limit_and_says_none():
+def test_whatever_is_asked_the_parent_only_waits_and_not_long(monkeypatch):
+    monkeypatch.setattr(JUDGE, "seconds", 0.7)
+    judge("3", "3")
+    start, cpu = time.monotonic(), time.process_time()
+    verdicts = verify_all([(text, "3", False) for text in HOSTILE])
+    assert time.monotonic() - start < 2 * len(HOSTILE) and time.process_time() - cpu < 0.5
+    assert verdicts[0] is None and {*verdicts} <= {None, True, False}
+    assert verify_all([("3", "3", False)] * 8) == [True] * 8
+
+
+def test_what_does_not_end_has_no_verdict_is_counted_and_the_next_question_is_answered():
     assert JUDGE.seconds == verify.SECONDS <= 5
+    assert verify.verify("3", "3") is True and counted()
     start = time.monotonic()
-    assert verify.verify(ENDLESS, "3") is None
+    assert verify.verify(ENDLESS, "3") is None and judge("3", "3") == (True, "3")
     assert time.monotonic() - start < verify.SECONDS + 2
-    assert verify.verify("3", "3") is True
+    assert counted() == {"killed": 1, "failed": 0}
 
 
-def test_memory_is_bounded(hasty):
+def test_several_are_judged_at_a_time_and_those_that_do_not_end_stop_no_other(monkeypatch):
+    monkeypatch.setattr(JUDGE, "seconds", 0.5)
+    asked = [(ENDLESS if i % 3 == 0 else f"so {i}", "4", False) for i in range(9)]
+    wanted = [None if i % 3 == 0 else (i == 4, str(i)) for i in range(9)]
+    assert judge_all(asked) == wanted
+    assert verify_all(asked) == [found and found[0] for found in wanted]
+    assert judge_all([]) == []
+
+
+def test_it_works_in_any_thread():
+    """math-verify's own time limit, an alarm, raises outside the main one."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(verify.verify("so 3", "3")))
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+def test_an_error_inside_is_no_verdict_and_is_counted():
+    counted()
+    neither = np.array([True, False])  # `if` refuses it
+    assert verify_all([("3", "3", neither), ("3", "3", False)]) == [None, True]
+    assert counted() == {"killed": 0, "failed": 1}
+
+
+def test_its_memory_is_bounded():
     """10^11 bits would be 12 GB: math-verify fails or the process dies, and neither hurts."""
-    assert hasty.ask("3", "3", False) == [True, "3"]
-    limits = Path(f"/proc/{hasty.process.pid}/limits").read_text().splitlines()
-    assert [x.split()[3:5] for x in limits if "address space" in x] == [[str(MEMORY)] * 2]
-    assert hasty.ask("2^(10^11) + 1", "3", False) in (None, [False, "2**(10**11) + 1"])
-    assert hasty.ask("3", "3", False) == [True, "3"]
-
-
-def test_a_process_that_died_is_replaced(hasty):
-    assert hasty.ask("3", "3", False) == [True, "3"]
-    os.kill(hasty.process.pid, signal.SIGKILL)
-    hasty.process.wait()
-    assert hasty.ask("4", "4", False) == [True, "4"]
-    hasty.seconds, start = 60, time.monotonic()
-    threading.Timer(0.2, hasty.process.kill).start()  # dies in the middle of a question
-    assert hasty.ask(ENDLESS, "3", False) is None and time.monotonic() - start < 5
-    hasty.seconds = 0.5
-    assert hasty.ask("5", "5", False) == [True, "5"]
-
-
-def test_an_interrupted_question_leaves_no_answer_for_the_next(hasty):
-    class Now(Exception):
-        pass
-
-    def interrupt(*_):
-        raise Now
-
-    assert hasty.ask("3", "3", False) == [True, "3"]
-    old = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        os.kill(hasty.process.pid, signal.SIGSTOP)  # it will answer later
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
-        with pytest.raises(Now):
-            hasty.ask("7", "7", False)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
-    assert hasty.ask("4", "3", False) == [False, "4"]
-
-
-def test_threads_get_their_own_answers():
-    found = {}
-    ask = lambda i: found.update({i: judge(f"so {i}", str(i + i % 2))})  # noqa: E731
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {i: (i % 2 == 0, str(i)) for i in range(20)}
-
-
-# ------------------------------------------------------------------------------ the two processes
-
-
-def python(code: str, **more) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, **more)  # fmt: skip
-
-
-ASK = "import verify; print(verify.verify('3', '3'), verify.JUDGE.process.pid, flush=True)\n"
-
-
-def test_it_imports_no_torch_and_does_not_run_the_program_again(tmp_path):
-    """Spawned processes of multiprocessing import the main program again, with all of torch."""
-    program = tmp_path / "program.py"
-    program.write_text("print('runs', flush=True)\nimport sys; sys.path.insert(0, sys.argv[1])\n"
-                       + ASK + "input()\n")  # fmt: skip
-    done = subprocess.Popen([sys.executable, str(program), str(ROOT)], text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
-    lines = [done.stdout.readline().split() for _ in range(2)]
-    assert lines[0] == ["runs"] and lines[1][0] == "True"
-    maps = Path(f"/proc/{lines[1][1]}/maps").read_text()
-    assert "python" in maps and "torch" not in maps and "numpy" not in maps
-    assert done.communicate("\n")[0] == "" and done.returncode == 0
-
-
-def test_it_ends_with_its_parent_whether_it_waits_or_works():
-    waits = python(ASK + "input()", stdin=subprocess.PIPE)
-    works = python("import threading, verify\nverify.JUDGE.seconds = 0.5\n" + ASK
-                   + f"threading.Thread(target=verify.verify, args=({ENDLESS!r}, '3')).start()\n"
-                   + "import time; time.sleep(60)", stdin=subprocess.PIPE)  # fmt: skip
-    pids = [int(parent.stdout.readline().split()[1]) for parent in (waits, works)]
-    time.sleep(0.3)
-    for parent in (waits, works):
-        parent.kill()
-        parent.wait()
-    assert gone(pids[0], 2) and gone(pids[1], 4)
-
-
-def test_a_forked_copy_starts_its_own():
-    done = python(ASK + "import os\nif not os.fork():\n    " + ASK.partition("; ")[2]
-                  + "    os._exit(0)\nos.wait()\n" + ASK.partition("; ")[2])  # fmt: skip
-    lines = [line.split() for line in done.communicate(timeout=60)[0].splitlines()]
-    assert [line[0] for line in lines] == ["True"] * 3
-    assert lines[0][1] == lines[2][1] != lines[1][1]
-
-
-def test_a_signal_to_the_whole_run_does_not_reach_it():
-    """Ctrl-C in a terminal goes to every process of its group; the run may still finish a step."""
     assert judge("3", "3") == (True, "3")
-    assert os.getpgid(JUDGE.process.pid) != os.getpgid(0)
+    limits = Path(f"/proc/{JUDGE.workers[0].process.pid}/limits").read_text().splitlines()
+    assert [x.split()[3:5] for x in limits if "data size" in x] == [[str(MEMORY)] * 2]
+    assert judge("2^(10^11) + 1", "3") in (None, (False, "2**(10**11) + 1"))
+    assert judge("3", "3") == (True, "3")
 
 
-def test_one_that_cannot_start_is_an_error():
-    worker = Worker([sys.executable, "-c", "import no_such_module", "judge.py"], 1)
-    with pytest.raises(OSError, match=r"judge.py: its process does not start, .*math-verify"):
-        worker.ask("3", "3", False)
-    with pytest.raises(OSError, match="does not start"):
-        worker.ask("3", "3", False)
+def test_it_imports_no_torch_and_no_numpy():
+    assert judge("3", "3") == (True, "3")
+    maps = Path(f"/proc/{JUDGE.workers[0].process.pid}/maps").read_text()
+    assert "python" in maps and "torch" not in maps and "numpy" not in maps
+
+
+def test_a_missing_math_verify_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # importing it now fails
+    with pytest.raises(ValueError, match=r"does not load .*pip install math-verify"):
+        verify.prepare()
+
+
+def test_a_pool_of_its_own_has_limits_of_its_own():
+    assert Pool("hasty", "verify", (), 0.3, MEMORY, 1).ask([(ENDLESS, "3", False)]) == [None]
 
 
 def test_verdicts_are_quick():

@@ -1,0 +1,151 @@
+"""Logbook: what GRPO and SFT do alike around their steps: evaluate, tell, save, end, sum up.
+
+    book = Logbook(cfg, run, seconds, stop, steps=…, model=…, …)
+    book.open()                                # evaluate, or know from before how that went
+    for step in book.steps("grpo"):
+        …
+        book.end(step, row, samples, tokens)   # tells and, where it is time, evaluates and saves
+    summary = book.close()
+
+A row of metrics goes to metrics.jsonl, to the trackers that were asked for, and to the report,
+which is written anew every minute; where the rows show trouble, the console says what to try.
+"""
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+import parallel
+import plan
+import report
+import saving
+import trackers
+from advice import advice
+from config import to_dict
+from evaluate import evaluate_all, print_summary
+from journal import Seconds, append, peak_memory_gb, write_json
+from resume import Run, Stop
+
+REFRESH = 60  # seconds between two versions of the report
+
+
+def announce(found: plan.Plan, device: str, cfg, rows: int, steps: int, batch: int) -> None:
+    """Prints what a run will take, and ends it there if it is a dry run. ValueError where it cannot
+    fit into memory or on the disk, before anything was read or written."""
+    limit = plan.memory_of(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if parallel.rank() == 0:
+        print(f"{steps} steps of {batch} rows, {steps * batch / rows:.2f} epochs of {rows}; "
+              f"{parallel.size()} processes, {device.split(':')[0]}\n{plan.text(found, limit)}",
+              flush=True)  # fmt: skip
+    plan.check(found, limit)
+    plan.check_disk(found, cfg.out)
+    if cfg.dry_run:
+        raise SystemExit(0)
+
+
+class Logbook:
+    """Of the run `run`, by all its processes; the first one writes.
+
+    state: what resuming needs beside model and optimizers, for JSON: "step" (the last that was
+    done), "before", "best" and what the loop adds. shown: metrics of the progress bar. ValueError
+    as told by trackers.open_trackers.
+    """
+
+    def __init__(self, cfg, run: Run, seconds: Seconds, stop: Stop, *, steps: int, model, processor,
+                 optimizers: list, evals: dict, state: dict, shown: tuple[str, ...]):  # fmt: skip
+        self.cfg, self.run, self.out, self.seconds, self.stop = cfg, run, run.out, seconds, stop
+        self.total, self.model, self.processor, self.evals = steps, model, processor, evals
+        self.optimizers, self.state, self.shown = optimizers, state, shown
+        self.first, self.last, self.rows = parallel.rank() == 0, False, deque(maxlen=100)
+        self.half = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=cfg.bf16)
+        self.resumed, self.written, self.trackers = state["step"] > 0, time.monotonic(), []
+        seconds.start -= state.get("seconds", 0.0)  # those of before count too
+        if self.first:
+            self.trackers = trackers.open_trackers(cfg.trackers, run.out, to_dict(cfg),
+                                                   state["step"])
+
+    def open(self) -> None:
+        """The evaluations of the start."""
+        if "before" not in self.state:
+            self.state["before"] = self.score("before")
+
+    def score(self, when: str) -> dict:
+        """Greedy results on every eval, details in eval/NAME_WHEN.json."""
+        with self.seconds("eval"), self.half(), parallel.whole_weights(self.model):
+            return evaluate_all(self.model, self.processor, self.evals, self.cfg.max_new, self.out,
+                                when)
+
+    def steps(self, title: str) -> Iterator[int]:
+        """The numbers of the steps that are left. Signals wait for the end of a step; where one
+        came, or time is up, the run ends here, saved."""
+        done = self.state["step"]
+        self.bar = tqdm(range(done + 1, self.total + 1), title, self.total, unit="step",
+                        initial=done, disable=not self.first)
+        self.seconds.lap()
+        with self.stop.after_steps(), closing(self.bar):
+            for step in self.bar:
+                yield step
+                if self.last:
+                    break
+
+    def end(self, step: int, row: dict, samples: int, tokens: float) -> None:
+        """Of a step, with its metrics and what all processes did in it."""
+        state, cfg = self.state, self.cfg
+        saves = step == self.total or step % cfg.save_every == 0
+        if saves and cfg.eval_saves and self.evals and step < self.total:
+            found = {k: v["accuracy"] for k, v in self.score(f"step_{step:06d}").items()}
+            row |= {f"eval/{name}": accuracy for name, accuracy in found.items()}
+            mean = sum(found.values()) / len(found)
+            if mean >= state.get("best", {"accuracy": 0.0})["accuracy"]:
+                state["best"] = {"step": step, "accuracy": mean}
+        lap = self.seconds.lap()
+        row |= {f"time/{name}": spent for name, spent in lap.items() if name != "all"}
+        row |= {"samples_per_second": samples / lap["all"],
+                "tokens_per_second": tokens / lap["all"],
+                "memory_gb": max(parallel.gathered(peak_memory_gb())),
+                "seconds": self.seconds.since_start()}  # fmt: skip
+        self.bar.set_postfix({k: f"{row[k]:.2f}" for k in self.shown})
+        with self.seconds("log"), parallel.told():
+            if self.first:
+                self.write({"step": step, **row})
+        self.last = self.stop.asked(self.seconds.last.get("save"))
+        if saves or self.last:
+            state |= {"step": step, "seconds": self.seconds.since_start()}
+            with self.seconds("save"), parallel.told():
+                saving.save(self.model, self.processor, self.optimizers, self.out, step, state,
+                            cfg.keep, state.get("best", {}).get("step"))  # fmt: skip
+
+    def write(self, row: dict) -> None:
+        """A row of metrics, to all who want it."""
+        row = {**row, "resumed": True} if self.resumed else row
+        self.resumed = False
+        append(self.out / "metrics.jsonl", row)
+        trackers.log(self.trackers, row)
+        self.rows.append(row)
+        if said := advice(list(self.rows)):
+            tqdm.write(said, file=sys.stderr)
+        if time.monotonic() - self.written > REFRESH:
+            report.write(self.out, running=True)
+            self.written = time.monotonic()
+
+    def close(self, **more) -> dict:
+        """Evaluates the end; the summary, which is also summary.json, with `more` in it."""
+        after = self.score("after")
+        seconds = {**self.seconds, "all": self.seconds.since_start()}
+        seconds = {name: round(spent, 1) for name, spent in seconds.items()}
+        summary = {"before": self.state["before"], "after": after, "steps": self.total,
+                   "seed": self.cfg.seed, **more, "seconds": seconds,
+                   "peak_memory_gb": round(max(parallel.gathered(peak_memory_gb())), 3)}
+        if self.first:
+            with parallel.told():
+                write_json(summary, self.out / "summary.json")
+            trackers.close(self.trackers)
+            print_summary(summary, self.out, report.write(self.out))
+        return summary

@@ -1,0 +1,309 @@
+"""The memory plan of a run before it starts: what each process needs, and a refusal if it has less.
+
+    found = plan.of(read_config(folder), plan.Work(prompts=16, group=8, processes=8, ...))
+    print(plan.text(found, limit := plan.memory_of("cuda:0")))
+    plan.check(found, limit)                      # ValueError says how much, and what would help
+
+Three moments are planned: sampling, the passes over the largest micro-batch, the optimizer's step.
+Weights, gradients and moments are counted. Activations are no formula, which would age: a decoder
+layer, a vision block and the head of model.py run on fake tensors, which have shapes and no memory,
+while the bytes of tensors that come and go are counted (live.py). tests/test_plan.py compares with
+what real steps of small models take. All rows count as long as the longest: a real step needs less.
+
+Not counted: what CUDA and NCCL take for themselves (1 to 2 GB) and fragmentation.
+
+Letters: B prompts of this process, G completions of each, T tokens of a completion, S packed
+tokens, D width, P patches of a prompt, E width of the vision tower, N weights.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from checkpoint import ModelConfig
+from images import image_size
+from live import nbytes, passing, trained
+from model import Cache, DecoderLayer, Layout, PatchMerger, Qwen2VL, RMSNorm, VisionBlock
+from optim import make_optimizers
+from rollout import draw, scaled_logits, token_logp
+
+EVAL_BATCH = 64  # questions that evaluate.evaluate answers at a time
+MOMENTS = {"sampling": "sampling", "update": "the update", "step": "the optimizer's step"}
+PARTS = ("weights", "reference", "optimizer", "gradients", "gathered weights", "KV cache",
+         "kept for backward", "temporary")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run does, as far as memory goes. Of SFT: group 1, max_new the longest completion; or
+    0, and `tokens` those of prompt and completion, where prompts are learnt too."""
+
+    prompts: int  # of a step, over all processes
+    group: int
+    max_new: int
+    tokens: int  # of the longest prompt, those of its images included
+    patches: int  # of the images of a prompt
+    micro: int  # prompts per forward and backward
+    processes: int = 1
+    shards: int | None = None  # processes that share one copy of the weights; default: all
+    optimizer: str = "adamw"
+    bf16: bool = False
+    recompute: bool = False
+    beta: float = 0.0
+    eval_new: int = 0  # tokens of an answer in the evaluations; 0: there are none
+    sft: bool = False  # nothing is sampled but in evaluations
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of one process at each of MOMENTS: {moment: {part: bytes}}, parts being of PARTS."""
+
+    cfg: ModelConfig
+    work: Work
+    weights: int  # their number, N
+    moments: dict[str, dict[str, int]]
+    checkpoint: int  # bytes of weights and optimizer on disk, of all processes
+
+    @property
+    def sums(self) -> dict[str, int]:
+        return {name: sum(parts.values()) for name, parts in self.moments.items()}
+
+    @property
+    def peak(self) -> int:
+        return max(self.sums.values())
+
+
+# --------------------------------------------------------------------------------------- the plan
+
+
+def computing(module: nn.Module, work: Work) -> nn.Module:
+    """The module with its weights as they are computed with: fully_shard gathers all in bfloat16,
+    autocast copies those of linear layers."""
+    for part in module.modules() if work.bf16 else ():
+        if work.processes > 1 or isinstance(part, nn.Linear):
+            for name, p in list(part.named_parameters(recurse=False)):
+                setattr(part, name, nn.Parameter(p.bfloat16()))
+    return module
+
+
+def of(cfg: ModelConfig, work: Work) -> Plan:
+    """The plan of a run, in about a second; no weight is read."""
+    with torch.device("meta"):
+        model = Qwen2VL(cfg)
+    blocks = [size(block) for block in (*model.visual.blocks, *model.model.layers)]
+    N, root = size(model), size(model) - sum(blocks)
+    adam = sum(p.numel() for o in make_optimizers(model, work.optimizer, 1.0)
+               if isinstance(o, torch.optim.AdamW)
+               for group in o.param_groups for p in group["params"])  # fmt: skip
+    shards, c = work.shards or work.processes, 2 if work.bf16 else 4  # bytes of a gathered weight
+    models = 2 if work.beta else 1
+    if work.processes > 1:
+        # Roots stay. A block runs, one comes, and so does the buffer that it comes in. Gradients
+        # are whole, then float32, until they are shared out: of a block at once, of the root last.
+        held = models * root * c
+        gathered = N * c + held - root * c, held + root * c + max(blocks) * (4 * c + 4), held
+        beside = max(root * (c + 4), 4 * adam // shards)
+    else:  # autocast keeps copies of linear layers, of both models while both are in use
+        copies = 2 * sum(size(m) for m in model.modules() if isinstance(m, nn.Linear)) * work.bf16
+        gathered, beside = (copies, models * copies, models * copies), 4 * adam
+    share = 4 * N // shards
+    fixed = {"weights": share, "reference": share * (models - 1),
+             "optimizer": 4 * (N + adam) // shards}  # fmt: skip
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=work.bf16):
+        kept, extra = training(cfg, work)
+        sampled = [sampling(cfg, work, *batch) for batch in batches(work)]
+    cache, during = max(sampled, key=sum, default=(0, 0))
+    parts = ({"KV cache": cache, "temporary": during},
+             {"gradients": share, "kept for backward": kept, "temporary": extra},
+             {"gradients": share, "temporary": beside})  # fmt: skip
+    moments = {name: {**fixed, "gathered weights": whole, **part}
+               for name, whole, part in zip(MOMENTS, gathered, parts)}
+    return Plan(cfg, work, N, moments, 4 * (2 * N + adam))
+
+
+def size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def batches(work: Work) -> list[tuple[int, int, int]]:
+    """(prompts, completions of each, their tokens) that one process samples at a time."""
+    own = (math.ceil(work.prompts / work.processes), work.group, work.max_new)
+    return [own] * (not work.sft) + [(EVAL_BATCH, 1, work.eval_new)] * (work.eval_new > 0)
+
+
+def states(cfg: ModelConfig, work: Work, B: int, S: int) -> tuple:
+    """Hidden states (S, D), those of patches (B P, E), the cos of both, and the pixels' bytes.
+    Under autocast alone what decoder layers add to is float32."""
+    half, vision = torch.bfloat16 if work.bf16 else torch.float32, cfg.vision
+    x = torch.empty(S, cfg.hidden_size, dtype=half if work.processes > 1 else torch.float32)
+    v = torch.empty(B * work.patches, vision.embed_dim, dtype=half)
+    turns = (S, cfg.head_dim), (len(v), vision.embed_dim // vision.num_heads)
+    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return x, v, *map(torch.empty, turns), 4 * pixels * len(v)
+
+
+def training(cfg: ModelConfig, work: Work) -> tuple[int, int]:
+    """Bytes that the forward pass of a micro-batch keeps, and those beyond at the worst moment."""
+    B, G, T = min(work.micro, math.ceil(work.prompts / work.processes)), work.group, work.max_new
+    x, v, turn, vturn, pixels = states(cfg, work, B, B * (work.tokens + G * T))
+    layout = Layout([work.tokens] * B, [[T] * G] * B if T else [])
+    layer, norm = (computing(m, work) for m in (DecoderLayer(cfg, 0), RMSNorm(x.shape[1], 1e-6)))
+    layer = trained(partial(layer, cos=turn, sin=turn, lay=layout, cache=None), x, work.recompute)
+    learnt = x.new_empty(B * G * T or len(x), x.shape[1])  # what the head reads
+    head = torch.empty(cfg.vocab_size, x.shape[1], dtype=v.dtype, requires_grad=True)
+    ids = torch.empty(len(learnt), dtype=torch.int64)
+    last = trained(lambda h: token_logp(h, head, ids)[0], learnt.to(v.dtype), also=(head,))
+    text = cfg.num_hidden_layers * layer[0] + trained(norm, x)[0] + nbytes(x, turn, turn, learnt)
+    if not work.patches:
+        return text, max(layer[1], sum(last))
+    block, merger = (computing(m(cfg.vision), work) for m in (VisionBlock, PatchMerger))
+    calls = [(slice(0, len(v)), B, work.patches)]
+    block = trained(partial(block, cos=vturn, sin=vturn, calls=calls), v, work.recompute)
+    merger, pixels = trained(merger, v), pixels // (2 if work.bf16 else 1)
+    tower = cfg.vision.depth * block[0] + merger[0] + nbytes(v, vturn, vturn) + pixels
+    # When the tower's turn comes, backwards, what the decoder kept is free again.
+    return text + tower, max(layer[1], sum(last), max(block[1], merger[1]) - text)
+
+
+def sampling(cfg: ModelConfig, work: Work, B: int, G: int, T: int) -> tuple[int, int]:
+    """Bytes of the KV cache for B prompts with G completions of T tokens, and what the worst moment
+    needs beyond them: that of the tower, of the prompts, or of the last token."""
+    x, v, turn, vturn, pixels = states(cfg, work, B, B * work.tokens)
+    layer, cache, layers = computing(DecoderLayer(cfg, 0), work), Cache(1, T), cfg.num_hidden_layers
+    read = passing(layer, x, turn, turn, Layout([work.tokens] * B), cache) + 2 * nbytes(x) + pixels
+    prompt, cache.length = nbytes(*cache.prompt[0]), T - 1
+    y, _, turn, *_ = states(cfg, work, B, B * G)
+    write = passing(layer, y, turn, turn, Layout([], [[1] * G] * B), cache)
+    own, head = nbytes(*cache.own[0]), torch.empty(cfg.vocab_size, cfg.hidden_size, dtype=v.dtype)
+
+    def choose(hidden):
+        logits = scaled_logits(hidden, head, 1.0, torch.empty(0, dtype=torch.int64))
+        return draw(logits, torch.empty(len(logits))), logits.log_softmax(-1)
+
+    whole = layers * (prompt + own)
+    # Beside the last token: a layer of the cache, which is copied when completions leave.
+    last = max(write - own, passing(choose, y.to(v.dtype)), prompt + own)
+    worst = [whole + last, layers * prompt + read - prompt]
+    if work.patches:
+        block, merger = (computing(m(cfg.vision), work) for m in (VisionBlock, PatchMerger))
+        calls = [(slice(0, len(v)), B, work.patches)]
+        tower = max(passing(block, v, vturn, vturn, calls), passing(merger, v)) + nbytes(v)
+        worst.append(tower + pixels * (2 if cfg.vision.window else 1))  # windows: in their order
+    return whole, max(worst) - whole
+
+
+# ------------------------------------------------------------------------ what a plan is made from
+
+
+def lengths(processor, *row_sets: Sequence, most: int = 64) -> dict[str, int]:
+    """{"tokens", "patches"} of the longest prompt, as in Work, among `most` examples spread over
+    each set. Of images only the size is read."""
+    patch, tokens, patches = processor.settings["patch_size"], 0, 0
+    for example in (example for rows in row_sets for example in spread(rows, most)):
+        sizes = [processor.resized(*image_size(source)) for source in example.images]
+        tokens = max(tokens, processor.length(example))
+        patches = max(patches, sum((h // patch) * (w // patch) for h, w in sizes))
+    return {"tokens": tokens, "patches": patches}
+
+
+def spread(rows: Sequence, most: int = 64) -> Iterator:
+    """At most `most` of the rows, evenly spread, the first and the last among them."""
+    count = min(most, len(rows))
+    return (rows[i * (len(rows) - 1) // max(1, count - 1)] for i in range(count))
+
+
+def memory_of(device: str, processes: int = 1, root: str = "/") -> int:
+    """Bytes of memory of a GPU; of a CPU, the share of one of the `processes` on this machine, of
+    which a container or a job may have a part (cgroups below `root`)."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[1]
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    groups = Path(root, "proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
+        _, kind, name = line.split(":", 2)
+        folder = Path(root, "sys/fs/cgroup", kind, name.strip("/"))
+        file = "memory.limit_in_bytes" if kind == "memory" else "memory.max"  # version 1; 2
+        limits = [p / file for p in (folder, *folder.parents) if (p / file).is_file()]
+        found += [int(told) for p in limits if (told := p.read_text().strip()) != "max"]
+    return min(found) // processes
+
+
+# ------------------------------------------------------------------------------------ what it says
+
+
+def gb(n: float) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
+def text(plan: Plan, limit: int) -> str:
+    """The plan as a table, beside the `limit` bytes that there are."""
+    (unit, name), work = (1e9, "GB") if plan.peak >= 1e9 else (1e6, "MB"), plan.work
+    rows = {part: [parts.get(part, 0) for parts in plan.moments.values()] for part in PARTS}
+    rows = {part: row for part, row in rows.items() if any(row)} | {"sum": plan.sums.values()}
+    lines = [f"{'memory of a process, ' + name:26}" + "".join(f"{m:>10}" for m in plan.moments)]
+    for part, row in rows.items():
+        cells = (f"{n / unit:.1f}" if n else "-" for n in row)
+        lines.append(f"  {part:24}" + "".join(f"{cell:>10}" for cell in cells))
+    lines[-1] += f"   of {limit / unit:.1f} {name}"
+    shards = work.shards or work.processes
+    told = (f"{plan.weights:,} weights, 1/{shards} of them in each process" if shards > 1 else
+            f"{plan.weights:,} weights")  # fmt: skip
+    return "\n".join([*lines, f"{told}; prompts of {work.tokens} tokens, {work.patches} patches; "
+                      f"a checkpoint takes {gb(plan.checkpoint)} of disk"])  # fmt: skip
+
+
+def check(plan: Plan, limit: int) -> None:
+    """ValueError where a process needs more than `limit` bytes: how much, and what would help."""
+    if plan.peak <= limit:
+        return
+    smaller = [(of(plan.cfg, work).peak, told) for told, work in changes(plan.work).items()]
+    helps = [f"{told} ({gb(n)})" for n, told in sorted(smaller) if n < 0.98 * plan.peak]
+    moment = max(plan.sums, key=plan.sums.get)
+    raise ValueError(f"this run does not fit: {MOMENTS[moment]} needs {gb(plan.peak)} in each "
+                     f"process, and it has {gb(limit)}. What helps, and what it needs then: "
+                     f"{', '.join(helps) or 'a smaller model'}")  # fmt: skip
+
+
+def changes(work: Work) -> dict[str, Work]:
+    """What may make a run smaller: {what to say on the command line: the work then}."""
+    prompts, micro = ("batch", "micro") if work.sft else ("prompts", "micro_prompts")
+    switches = {
+        "--bf16 true": {"bf16": True},
+        "--recompute true": {"recompute": True},
+        f"--{micro} 1": {"micro": 1},
+        "--beta 0": {"beta": 0.0},
+    }
+    switches = {told: keys for told, keys in switches.items() if replace(work, **keys) != work}
+    together = {k: v for keys in switches.values() for k, v in keys.items()}
+    found = {**switches, " ".join(switches): together, "--shard_group none": {"shards": None}}
+    fewer = max(work.processes, work.prompts // 2)
+    found[f"--{prompts} {fewer}"] = {"prompts": fewer}
+    for n in (2 * work.processes, 4 * work.processes, 8 * work.processes):
+        if n <= work.prompts:
+            found[f"{n} processes with as much each"] = {"processes": n, "shards": None}
+    group, new, asked = max(2, work.group // 2), (work.max_new + 1) // 2, (work.eval_new + 1) // 2
+    if work.sft:
+        found[f"--max_new {asked}"] = {"eval_new": asked}
+    else:
+        found[f"--group {group}"] = {"group": group}
+        found[f"--max_new {new}"] = {"max_new": new, "eval_new": asked}
+    return {told: replace(work, **keys) for told, keys in found.items()}
+
+
+def check_disk(plan: Plan, out: str, checkpoints: int = 2) -> None:
+    """ValueError where the disk of the folder `out`, which need not be there yet, has no room for
+    so many checkpoints: an old one goes when the new one is whole."""
+    there = next(p for p in (Path(out).resolve(), *Path(out).resolve().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < checkpoints * plan.checkpoint:
+        raise ValueError(f"out {out}: {checkpoints} checkpoints of {gb(plan.checkpoint)} must fit, "
+                         f"and the disk of {there} has {gb(free)} free; make room, or give a "
+                         "folder on another disk")  # fmt: skip

@@ -1,0 +1,61 @@
+"""Tally: the rewards of a step as a table, and what a step's samples say in numbers.
+
+Letters: R reward functions, B prompts, G completions per prompt.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+import parallel
+import worker
+from rewards import score_all
+from rollout import Rollout
+
+
+def reward_table(rollout: Rollout, rewards: list) -> Tensor:
+    """Rewards (R, B, G) of R functions, NaN for None; each text meets its own prompt's example."""
+    texts = [text for row in rollout.texts for text in row]
+    examples = [p.example for p, row in zip(rollout.prompts, rollout.texts) for _ in row]
+    values = [[math.nan if v is None else v for v in row]
+              for row in score_all(rewards, texts, examples)]  # fmt: skip
+    return torch.tensor(values, dtype=torch.float32).view(len(rewards), *rollout.lengths.shape)
+
+
+def total_reward(table: Tensor, rewards: list) -> Tensor:
+    """Weighted sum (B, G) over the functions; NaN where none of them gave a reward."""
+    weights = torch.tensor([w for _, _, w in rewards])[:, None, None]
+    return (table * weights).nansum(0).masked_fill(table.isnan().all(0), math.nan)
+
+
+def has_signal(reward: Tensor) -> Tensor:
+    """(B,) True where the rewards (B, G) of a group are not all equal."""
+    return reward.nan_to_num(math.inf).amin(1) < reward.nan_to_num(-math.inf).amax(1)
+
+
+def step_metrics(rollout: Rollout, table: Tensor, rewards: list) -> dict:
+    """What the samples of all processes say; shares are over completions, no_signal over groups.
+    reward_killed and reward_failed count since the last call."""
+    mine = (table.transpose(0, 1), rollout.lengths.cpu().float(), rollout.finished.cpu())
+    everyone = parallel.gathered((*mine, worker.counted()))
+    table, lengths, finished = (torch.cat(x) for x in list(zip(*everyone))[:3])
+    table = table.transpose(0, 1)  # (R, B, G)
+    reward = total_reward(table, rewards)
+    found = {"reward": float(reward.nanmean())}
+    names = [name for name, _, _ in rewards]
+    found |= {f"reward/{name}": float(t.nanmean()) for name, t in zip(names, table)}
+    if {"accuracy", "format"} <= set(names):
+        right, form = (table[names.index(k)] for k in ("accuracy", "format"))
+        found["format_only"] = float(((form == 1) & (right == 0)).float().mean())
+    return found | {
+        "reward_std": float(reward.std(1).nanmean()),
+        "no_signal": float((~has_signal(reward)).float().mean()),
+        "no_reward": float(reward.isnan().float().mean()),
+        "reward_killed": sum(counts["killed"] for *_, counts in everyone) / reward.numel(),
+        "reward_failed": sum(counts["failed"] for *_, counts in everyone) / reward.numel(),
+        "length/mean": float(lengths.mean()),
+        "length/min": float(lengths.min()),
+        "length/max": float(lengths.max()),
+        "truncated": float((~finished).float().mean()),
+    }

@@ -1,0 +1,439 @@
+"""The memory plan: public numbers, sums by hand, and what real steps of small models take."""
+
+import inspect
+import shutil
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_checkpoint import make_checkpoint, picture
+
+import grpo
+import plan
+import sft
+from checkpoint import ModelConfig
+from data import Processor
+from evaluate import evaluate
+from example import Example
+from live import Live
+from model import Qwen2VL
+from optim import make_optimizers
+from plan import Work, changes, check, check_disk, lengths, memory_of, spread, text
+from rollout import as_rollout, sample, score
+from sft import text_logp
+
+NEAR = 0.12  # how near a plan comes to what a step takes
+FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+SIZES = {"width": 128, "layers": 4, "heads": 4, "ffn": 256, "vision_width": 64, "depth": 4,
+         "vision_ffn": 128}  # fmt: skip
+
+
+def qwen(family: str, tower: dict, tie: bool = True, **text) -> ModelConfig:
+    """A config.json by its public numbers."""
+    rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
+    return ModelConfig.from_dict({"model_type": family, "tie_word_embeddings": tie,
+                                  "rope_scaling": rope, "vision_config": tower, **text})
+
+
+def decoder(width, layers, heads, kv_heads, inner, vocabulary) -> dict:
+    return {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "intermediate_size": inner, "vocab_size": vocabulary}
+
+
+TOWER = {"embed_dim": 1280, "depth": 32, "num_heads": 16, "mlp_ratio": 4}
+TOWER_25 = {"hidden_size": 1280, "depth": 32, "num_heads": 16, "intermediate_size": 3420,
+            "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}  # fmt: skip
+QWEN_2B = qwen("qwen2_vl", TOWER, **decoder(1536, 28, 12, 2, 8960, 151936))
+QWEN_7B = qwen("qwen2_vl", TOWER, False, **decoder(3584, 28, 28, 4, 18944, 152064))
+QWEN_3B = qwen("qwen2_5_vl", TOWER_25 | {"out_hidden_size": 2048},
+               **decoder(2048, 36, 16, 2, 11008, 151936))  # fmt: skip
+
+# recipes/r1v_clevr_2b.toml on 8 processes, pictures of at most 401,408 pixels
+CLEVR = Work(prompts=16, group=8, max_new=512, tokens=700, patches=2048, micro=1, processes=8,
+             bf16=True, recompute=True, beta=0.04)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def made(request, tmp_path_factory):
+    """A small checkpoint (folder, cfg, processor) and two prompts of one length, with a picture."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("model"), family=request.param, **SIZES)
+    processor = Processor.from_pretrained(folder)
+    prompts = [processor.prompt(Example("How many?", "3", (picture(i, 224, 168),))) for i in (1, 2)]
+    return SimpleNamespace(folder=folder, processor=processor, prompts=prompts,
+                           cfg=Qwen2VL.from_pretrained(folder).cfg)  # fmt: skip
+
+
+def work_of(prompts, group: int, max_new: int, **keys) -> Work:
+    """That of one process whose micro-batch holds all of the prompts."""
+    tokens, patches = max(len(p.ids) for p in prompts), max(len(p.patches) for p in prompts)
+    return Work(**{"prompts": len(prompts), "group": group, "max_new": max_new, "tokens": tokens,
+                   "patches": patches, "micro": len(prompts), **keys})  # fmt: skip
+
+
+def autocast(work: Work):
+    return torch.autocast("cpu", torch.bfloat16, enabled=work.bf16)
+
+
+def passes(folder, work: Work, loss) -> tuple[int, int, int]:
+    """Bytes that forward and backward passes of loss(model) really take: what the forward pass
+    keeps, autocast's copies of weights among it, the worst moment, and those copies alone. It is
+    the second micro-batch of a step: gradients are there."""
+    model = Qwen2VL.from_pretrained(folder)
+    model = model.recompute_blocks() if work.recompute else model
+    with Live() as live, autocast(work):
+        loss(model).backward()
+        live.peak, before = 0, live.now
+        value = loss(model)
+        kept = live.now
+        value.backward()
+        del value
+        gradients = sum(p.grad.nbytes for p in model.parameters())
+        copies = live.now - gradients
+    return kept - before + copies, live.peak, copies
+
+
+def assert_near(planned: float, real: float):
+    assert abs(planned / real - 1) < NEAR, f"planned {planned:,.0f}, really {real:,.0f}"
+
+
+# ------------------------------------------------------------------------- weights and their kin
+
+
+@pytest.mark.parametrize("cfg, weights", [(QWEN_2B, 2_208_985_600), (QWEN_7B, 8_291_375_616),
+                                          (QWEN_3B, 3_754_622_976)])  # fmt: skip
+def test_the_weights_are_as_many_as_those_of_the_public_checkpoints(cfg, weights):
+    assert plan.of(cfg, CLEVR).weights == weights
+
+
+def test_weights_gradients_moments_and_reference_are_float32_and_shared_out():
+    N = 2_208_985_600
+    for processes, shards, share in ((1, None, 4 * N), (8, None, N // 2), (16, 8, N // 2)):
+        found = plan.of(QWEN_2B, replace(CLEVR, processes=processes, shards=shards))
+        for moment, parts in found.moments.items():
+            assert parts["weights"] == parts["reference"] == share
+            assert parts["optimizer"] == 2 * share
+            assert parts.get("gradients") == (None if moment == "sampling" else share)
+        assert found.checkpoint == 12 * N  # of all processes
+
+
+def test_without_beta_there_is_no_reference():
+    found = plan.of(QWEN_2B, replace(CLEVR, beta=0.0))
+    assert all(parts["reference"] == 0 for parts in found.moments.values())
+
+
+def test_muon_keeps_one_moment_of_the_matrices_between_embedding_and_head(made):
+    adamw, muon = (plan.of(made.cfg, replace(CLEVR, processes=1, optimizer=name))
+                   for name in ("adamw", "muon"))  # fmt: skip
+    model = Qwen2VL.from_pretrained(made.folder)
+    matrices = sum(p.numel() for n, p in model.named_parameters()
+                   if p.ndim == 2 and "embed_tokens" not in n)  # fmt: skip
+    saved = 4 * matrices
+    assert adamw.checkpoint - muon.checkpoint == saved
+    for name in ("sampling", "update", "step"):
+        assert adamw.moments[name]["optimizer"] - muon.moments[name]["optimizer"] == saved
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_temporaries_of_a_step_are_those_of_the_optimizer(made, kind):
+    """On a device AdamW steps all weights in one go (foreach): a temporary for each."""
+    model = Qwen2VL.from_pretrained(made.folder)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    adam = make_optimizers(model, kind, 1e-3)[0]
+    adam.param_groups[0]["foreach"] = True
+    adam.step()
+    with Live() as live:
+        adam.step()
+    found = plan.of(made.cfg, work_of(made.prompts, 2, 4, optimizer=kind))
+    assert_near(found.moments["step"]["temporary"], live.peak)
+
+
+# ------------------------------------------------------------------------------ gathered weights
+
+
+def gathered(cfg, **keys) -> list[int]:
+    found = plan.of(cfg, replace(CLEVR, **{"beta": 0.0, **keys}))
+    return [parts["gathered weights"] for parts in found.moments.values()]
+
+
+def test_one_process_holds_copies_for_autocast_and_none_in_float32(made):
+    work = work_of(made.prompts, 2, 4, bf16=True)
+    rollout = as_rollout(made.prompts, [[[5] * 4] * 2] * 2)
+    *_, copies = passes(made.folder, work, lambda model: score(model, rollout)[0].sum())
+    assert gathered(made.cfg, processes=1) == [copies] * 3
+    assert gathered(made.cfg, processes=1, beta=0.1) == [copies, 2 * copies, 2 * copies]
+    assert gathered(made.cfg, processes=1, bf16=False) == [0] * 3
+
+
+def test_the_reference_leaves_copies_too_when_it_scores(made):
+    """Autocast keeps them until it ends, also without gradient."""
+    model = Qwen2VL.from_pretrained(made.folder)
+    rollout = as_rollout(made.prompts, [[[5] * 4] * 2] * 2)
+    with torch.no_grad(), Live() as live, torch.autocast("cpu", torch.bfloat16):
+        score(model, rollout)
+        held = live.now
+        torch.clear_autocast_cache()
+        assert held - live.now == gathered(made.cfg, processes=1)[0]
+
+
+def test_many_processes_gather_all_to_sample_and_by_blocks_to_train(made):
+    model = Qwen2VL.from_pretrained(made.folder)
+    blocks = [sum(p.numel() for p in b.parameters())
+              for b in (*model.visual.blocks, *model.model.layers)]  # fmt: skip
+    N, block = sum(p.numel() for p in model.parameters()), max(blocks)
+    root = N - sum(blocks)
+    for bf16, c in ((True, 2), (False, 4)):
+        # The root, its gradient; three blocks and the gradient of one, which is summed in float32.
+        trains = 2 * root * c + 3 * block * c + block * c + 4 * block
+        assert gathered(made.cfg, bf16=bf16) == [N * c, trains, root * c]
+        held = root * c  # by the reference
+        with_reference = [N * c + held, trains + held, root * c + held]
+        assert gathered(made.cfg, bf16=bf16, beta=0.1) == with_reference
+
+
+def test_the_roots_gradient_is_added_up_at_the_end_of_the_passes():
+    """Where the shares are small it needs more than the optimizer: whole, and in float32."""
+    found = plan.of(QWEN_7B, replace(CLEVR, processes=64))
+    vocabulary = 2 * 152064 * 3584
+    assert found.moments["step"]["temporary"] > (2 + 4) * vocabulary
+
+
+# ------------------------------------------------------------------------------------- the passes
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_passes_of_grpo_take_what_is_planned(made, bf16, recompute):
+    work = work_of(made.prompts, 4, 64, bf16=bf16, recompute=recompute)
+    rollout = as_rollout(made.prompts, [[[5] * 64] * 4] * 2)
+    kept, peak, _ = passes(made.folder, work, lambda model: score(model, rollout)[0].sum())
+    parts = plan.of(made.cfg, work).moments["update"]
+    assert_near(parts["kept for backward"] + parts["gathered weights"], kept)
+    assert_near(sum(parts.values()) - parts["weights"] - parts["optimizer"], peak)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_passes_of_sft_take_what_is_planned_also_where_prompts_are_learnt(made, bf16):
+    work = work_of(made.prompts, 1, 400, bf16=bf16, sft=True)
+    target = [5] * 400
+    rollout = as_rollout(made.prompts, [[target]] * 2)
+    whole = replace(work, max_new=0, tokens=work.tokens + 400)
+    for shape, loss in ((work, lambda model: score(model, rollout)[0].sum()),
+                        (whole, lambda model: text_logp(model, made.prompts, [target] * 2).sum())):
+        _, peak, _ = passes(made.folder, shape, loss)
+        parts = plan.of(made.cfg, shape).moments["update"]
+        assert_near(sum(parts.values()) - parts["weights"] - parts["optimizer"], peak)
+
+
+def test_text_alone_needs_no_tower(made):
+    prompts = [made.processor.prompt(Example("How many are there? " * 5, "3", ()))] * 2
+    rollout = as_rollout(prompts, [[[5] * 64] * 4] * 2)
+    work = work_of(prompts, 4, 64)
+    assert work.patches == 0
+    model = Qwen2VL.from_pretrained(made.folder)
+    with Live() as live:
+        value = score(model, rollout)[0].sum()
+    parts = plan.of(made.cfg, work).moments["update"]
+    assert value.requires_grad
+    assert_near(parts["kept for backward"], live.now)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_large_vocabulary_is_planned_for(tmp_path, recompute):
+    """Its logits are the worst moment; the passes run beside them."""
+    folder = make_checkpoint(tmp_path / "m", padded_vocab=20_000, width=32, layers=2)
+    processor = Processor.from_pretrained(folder)
+    prompts = [processor.prompt(Example("How many?", "3", (picture(0, 112, 112),)))]
+    work = work_of(prompts, 4, 64, recompute=recompute)
+    rollout = as_rollout(prompts, [[[5] * 64] * 4])
+    _, peak, _ = passes(folder, work, lambda model: score(model, rollout)[0].sum())
+    parts = plan.of(Qwen2VL.from_pretrained(folder).cfg, work).moments["update"]
+    assert parts["temporary"] > 0.5 * peak
+    assert_near(sum(parts.values()) - parts["weights"] - parts["optimizer"], peak)
+
+
+def test_rows_shorter_than_the_longest_need_less(made):
+    work = work_of(made.prompts, 4, 64)
+    rollout = as_rollout(made.prompts, [[[5] * n for n in (64, 20, 3, 40)], [[5] * 9] * 4])
+    kept, peak, _ = passes(made.folder, work, lambda model: score(model, rollout)[0].sum())
+    parts = plan.of(made.cfg, work).moments["update"]
+    assert parts["kept for backward"] > kept
+    assert sum(parts.values()) - parts["weights"] - parts["optimizer"] > peak
+
+
+def test_a_micro_batch_is_no_larger_than_the_prompts_of_a_process(made):
+    def kept(**keys):
+        found = plan.of(made.cfg, replace(work_of(made.prompts, 2, 16), **keys))
+        return found.moments["update"]["kept for backward"]
+
+    assert kept(prompts=9, micro=4) > kept(prompts=9, micro=3)
+    assert kept(prompts=9, micro=4, processes=3) == kept(prompts=9, micro=3, processes=3)
+    assert kept(prompts=9, micro=4, processes=4) == kept(prompts=9, micro=3, processes=4)
+
+
+# --------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_sampling_takes_what_is_planned(made, bf16):
+    work, model = work_of(made.prompts, 8, 96, bf16=bf16), Qwen2VL.from_pretrained(made.folder)
+    with torch.no_grad():
+        model.head[made.processor.stop_ids] = 0  # hardly any completion ends early
+    with Live() as live, autocast(work):
+        sample(model, made.processor, made.prompts, 8, 96)
+    parts = plan.of(made.cfg, work).moments["sampling"]
+    assert_near(sum(parts.values()) - parts["weights"] - parts["optimizer"], live.peak)
+
+
+def test_the_cache_holds_a_prompt_once_and_each_completion():
+    """Keys and values, 28 layers, 2 heads of 128 numbers, 2 bytes: 28,672 for a token."""
+    parts = plan.of(QWEN_2B, CLEVR).moments["sampling"]
+    assert parts["KV cache"] == 28_672 * 2 * (700 + 8 * 512)  # 2 of the 16 prompts
+    parts = plan.of(QWEN_2B, replace(CLEVR, bf16=False, processes=7)).moments["sampling"]
+    assert parts["KV cache"] == 2 * 28_672 * 3 * (700 + 8 * 512)
+
+
+def test_evaluations_sample_64_questions_at_a_time():
+    asked = replace(CLEVR, eval_new=512)
+    assert plan.of(QWEN_2B, asked).moments["sampling"]["KV cache"] == 28_672 * 64 * (700 + 512)
+    less = replace(CLEVR, eval_new=1, prompts=512, patches=0)  # than the rollouts
+    cache = plan.of(QWEN_2B, less).moments["sampling"]["KV cache"]
+    assert cache == 28_672 * 64 * (700 + 8 * 512)
+    assert inspect.signature(evaluate).parameters["batch"].default == 64
+
+
+def test_sft_samples_in_evaluations_alone():
+    parts = plan.of(QWEN_2B, replace(CLEVR, sft=True)).moments["sampling"]
+    assert parts["KV cache"] == parts["temporary"] == 0
+    parts = plan.of(QWEN_2B, replace(CLEVR, sft=True, eval_new=512)).moments["sampling"]
+    assert parts["KV cache"] == 28_672 * 64 * (700 + 512)
+
+
+# ------------------------------------------------------------------------ what a plan is made from
+
+
+def test_lengths_are_those_of_the_longest_prompt_and_of_the_most_patches(made):
+    rows = [Example("How many?", "3", (picture(0, 112, 56),)),
+            Example("How many? " * 30, "3", ()),
+            Example("?", "3", (picture(0, 112, 112), picture(1, 56, 84)))]  # fmt: skip
+    prompts = [made.processor.prompt(row) for row in rows]
+    expected = {"tokens": max(len(p.ids) for p in prompts), "patches": len(prompts[2].patches)}
+    assert lengths(made.processor, rows) == expected
+    assert lengths(made.processor, rows[:1], (), rows[1:]) == expected
+    assert lengths(made.processor, rows[1:2])["patches"] == 0
+
+
+def test_rows_are_looked_at_from_the_first_to_the_last():
+    assert list(spread(range(1000), 5)) == [0, 249, 499, 749, 999]
+    assert list(spread("abc", 5)) == ["a", "b", "c"]
+    assert list(spread("abc", 1)) == ["a"] and list(spread("", 5)) == []
+
+
+def test_the_memory_of_a_machine_is_shared_by_its_processes(tmp_path):
+    whole = memory_of("cpu", 1, tmp_path)
+    assert 1e8 < whole < 1e14
+    assert memory_of("cpu", 3, tmp_path) == whole // 3
+
+
+@pytest.mark.parametrize("kind, file", [("", "memory.max"), ("memory", "memory.limit_in_bytes")])
+def test_a_container_or_a_job_has_what_its_groups_allow(tmp_path, kind, file):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    lines = f"1:cpu:/other\n0:{kind}:/jobs/one\n"
+    (tmp_path / "proc/self/cgroup").write_text(lines)
+    base = tmp_path / "sys/fs/cgroup" / kind
+    (base / "jobs/one").mkdir(parents=True)
+    assert memory_of("cpu", 1, tmp_path) == memory_of("cpu", 1, tmp_path / "none")
+    (base / "jobs/one" / file).write_text("40000000\n" if kind else "max\n")
+    (base / "jobs" / file).write_text("30000000\n")
+    assert memory_of("cpu", 2, tmp_path) == 15_000_000
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_memory_of_a_gpu_is_all_of_it():
+    assert memory_of("cuda:0", 8) == torch.cuda.get_device_properties(0).total_memory
+
+
+# ------------------------------------------------------------------------------------ what it says
+
+
+def test_the_table_shows_each_part_and_the_sums_in_gb():
+    found = plan.of(QWEN_2B, CLEVR)
+    lines = text(found, int(80e9)).splitlines()
+    assert lines[0].split() == ["memory", "of", "a", "process,", "GB", "sampling", "update", "step"]
+    rows = {line[:26].strip(): line[26:].split() for line in lines[1:-1]}
+    assert rows["weights"] == rows["reference"] == ["1.1", "1.1", "1.1"]
+    assert rows["gradients"] == ["-", "1.1", "1.1"]
+    assert rows["KV cache"] == ["0.3", "-", "-"]
+    sums = [f"{n / 1e9:.1f}" for n in found.sums.values()]
+    assert rows["sum"] == [*sums, "of", "80.0", "GB"]
+    assert float(sums[1]) * 1e9 == pytest.approx(found.peak, abs=5e7)
+    assert all(word in lines[-1] for word in ("2,208,985,600", "1/8", "700", "2048", "26.5 GB"))
+
+
+def test_a_small_model_is_shown_in_mb_without_parts_that_are_not_there(made):
+    told = text(plan.of(made.cfg, work_of(made.prompts, 2, 4)), int(2e9))
+    assert ", MB" in told and "2000.0 MB" in told and "1/" not in told
+    assert "reference" not in told and "gathered" not in told
+
+
+def test_a_run_that_fits_is_not_refused():
+    found = plan.of(QWEN_2B, CLEVR)
+    check(found, found.peak)
+    with pytest.raises(ValueError, match="does not fit"):
+        check(found, found.peak - 1)
+
+
+def test_a_refusal_says_how_much_is_needed_and_what_would_help():
+    work = Work(prompts=16, group=8, max_new=512, tokens=700, patches=2048, micro=2, beta=0.04)
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        check(plan.of(QWEN_2B, work), int(80e9))
+    told = str(caught.value)
+    assert f"the update needs {plan.of(QWEN_2B, work).peak / 1e9:.1f} GB" in told
+    assert "it has 80.0 GB" in told
+    for words, keys in (("--recompute true", {"recompute": True}),
+                        ("--bf16 true --recompute true --micro_prompts 1 --beta 0",
+                         {"bf16": True, "recompute": True, "micro": 1, "beta": 0.0}),
+                        ("8 processes with as much each", {"processes": 8})):  # fmt: skip
+        assert f"{words} ({plan.of(QWEN_2B, replace(work, **keys)).peak / 1e9:.1f} GB)" in told
+    for words in ("--micro_prompts 1", "--bf16 true", "--beta 0", "--group 4", "--max_new 256"):
+        assert f", {words} (" in told
+    assert "--prompts" not in told  # the update does not depend on it
+    figures = [float(part.rpartition("(")[2][:-4]) for part in told.split("then: ")[1].split(", ")]
+    assert figures == sorted(figures) and max(figures) < plan.of(QWEN_2B, work).peak / 1e9
+
+
+def test_what_nothing_helps_needs_a_smaller_model():
+    work = Work(prompts=1, group=2, max_new=1, tokens=9, patches=0, micro=1, bf16=True,
+                recompute=True)  # fmt: skip
+    with pytest.raises(ValueError, match="then: a smaller model"):
+        check(plan.of(QWEN_7B, work), int(24e9))
+
+
+@pytest.mark.parametrize("script, is_sft", [(grpo, False), (sft, True)])
+def test_what_helps_are_keys_of_the_command_line(script, is_sft):
+    work = replace(CLEVR, bf16=False, recompute=False, micro=2, eval_new=9, sft=is_sft, shards=4)
+    keys = {word[2:] for told in changes(work) for word in told.split() if word.startswith("--")}
+    known = {field.name for field in fields(script.Config)}
+    assert keys - known <= ({"beta"} if is_sft else set())
+    assert {"bf16", "recompute", "max_new", "micro" if is_sft else "micro_prompts"} <= keys
+
+
+def test_what_helps_never_asks_for_what_a_run_refuses():
+    for work in (Work(1, 1, 1, 9, 0, 1, sft=True), replace(CLEVR, prompts=8, group=2, max_new=1)):
+        for other in changes(work).values():
+            assert other.prompts >= other.processes
+            assert other.max_new >= 1 and other.group >= work.group
+
+
+def test_a_disk_without_room_for_two_checkpoints_is_refused(tmp_path):
+    found = plan.of(QWEN_2B, CLEVR)
+    free = shutil.disk_usage(tmp_path).free
+    small, large = (replace(found, checkpoint=int(free * x)) for x in (0.4, 0.6))
+    out = str(tmp_path / "runs" / "new")
+    check_disk(small, out)
+    check_disk(large, out, checkpoints=1)
+    with pytest.raises(ValueError, match="2 checkpoints of") as caught:
+        check_disk(large, out)
+    assert f"out {out}" in str(caught.value) and f"the disk of {tmp_path} has" in str(caught.value)
+    assert not (tmp_path / "runs").exists()
