@@ -12,7 +12,8 @@ def advice(rows: list[dict]) -> str | None:
 
     rows: one or more of the run's latest, in order; a hundred are enough. A row may lack any key.
     """
-    found = [f"step {rows[-1]['step']}, for {STEPS} steps now: {name}\n  {mend(rows[-STEPS:])}"
+    found = [f"step {rows[-1]['step']}, for {STEPS} steps now: {name}\n  "
+             + (mend if isinstance(mend, str) else mend(rows[-STEPS:]))
              for name, trouble, mend in TROUBLES if begins([trouble(row) for row in rows])]
     return "\n".join(found) or None
 
@@ -53,21 +54,22 @@ def without_signal(rows: list[dict]) -> str:
             "easier rows, or --dynamic_sampling 2.")
 
 
-TROUBLES = (  # what it is called, whether a row has it, what to try
+TROUBLES = (  # what it is called, whether a row has it, what to try: a text, or a function of rows
     ("no group had any signal, nothing is learnt",
      lambda row: value(row, "no_signal") == 1, without_signal),
     ("more than half of the completions are cut off, mostly before they answer",
      lambda row: value(row, "truncated") > 0.5,
-     lambda rows: "Try a larger --max_new; if they repeat themselves, a lower --temperature."),
+     "Try a larger --max_new; if they repeat themselves, a lower --temperature."),
     ("the sampler's log-probs are not the trainer's (mismatch above 1.02)",
      lambda row: value(row, "mismatch") > 1.02,
-     lambda rows: "What is learnt is not what was sampled. Try --bf16 false; if it stays, the "
-                  "sampler or the model has a bug."),
+     "What is learnt is not what was sampled. Try --bf16 false; if it stays, the "
+     "sampler or the model has a bug."),
     ("hardly any entropy is left, and the rewards are not at their top",
      lambda row: value(row, "entropy") < 0.02 and not perfect(row),
-     lambda rows: "It no longer explores. Go back to an earlier checkpoint with a smaller --lr, a "
-                  "larger --clip_high (0.28) or --beta, or a higher --temperature."),
+     "It no longer explores. Go back to an earlier checkpoint with a smaller --lr, a "
+     "larger --clip_high (0.28) or --beta, or a higher --temperature."),
     ("more than 10 % of the completions have no reward because computing it was killed",
      lambda row: value(row, "reward_killed") > 0.1,
-     lambda rows: "It takes too long or too much memory: mend the function, or shorten --max_new."),
+     "It takes too long or too much memory. Mend the function, lower --max_new, or, "
+     "for one of your own, raise --reward_seconds and --reward_memory."),
 )  # fmt: skip

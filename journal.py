@@ -21,31 +21,16 @@ import resource
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from checkpoint import checkpoint_folder
-from config import save_json
 from data import Prompt
 from hub import is_hub_id
 from images import open_image
 from rollout import Rollout, sample
-
-
-def run_folder(name: str, cfg) -> Path:
-    """A new folder with config.json: `name`, or name_2, ... where a run lies already."""
-    out, n = Path(name), 1
-    while (out / "config.json").exists():
-        n += 1
-        out = Path(f"{name}_{n}")
-    if n > 1:
-        print(f"{name} holds a run already; this one goes to {out}", file=sys.stderr)
-    out.mkdir(parents=True, exist_ok=True)
-    save_json(replace(cfg, out=str(out)), out / "config.json")
-    return out
 
 
 def steps_of(folder: Path) -> list[Path]:

@@ -106,7 +106,8 @@ class Logbook:
             if mean >= state.get("best", {"accuracy": 0.0})["accuracy"]:
                 state["best"] = {"step": step, "accuracy": mean}
         lap = self.seconds.lap()
-        row |= {f"time/{name}": spent for name, spent in lap.items() if name != "all"}
+        row |= {f"time/{name}": spent for name, spent in lap.items()
+                if name not in ("all", "setup")}
         row |= {"samples_per_second": samples / lap["all"],
                 "tokens_per_second": tokens / lap["all"],
                 "memory_gb": max(parallel.gathered(peak_memory_gb())),
@@ -121,6 +122,8 @@ class Logbook:
             with self.seconds("save"), parallel.told():
                 saving.save(self.model, self.processor, self.optimizers, self.out, step, state,
                             cfg.keep, state.get("best", {}).get("step"))  # fmt: skip
+        if self.last and self.first:
+            report.write(self.out)  # the page before it said that the run goes on
 
     def write(self, row: dict) -> None:
         """A row of metrics, to all who want it."""

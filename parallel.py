@@ -47,8 +47,10 @@ def start() -> str:
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        # The longest that one process may keep the others waiting: it writes a checkpoint.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        # Python objects go by gloo, from memory to memory, and wait for no GPU. The time is the
+        # longest that one process may keep the others waiting: it writes a checkpoint.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                timeout=timedelta(minutes=30))
         if size() > 1:
             threading.Thread(target=watch, args=(life_signs(),), daemon=True).start()
     return device
@@ -141,6 +143,9 @@ def shard(model, device: str, bf16: bool = False, group: int | None = None):
         fully_shard(block, **how)
     fully_shard(model, **how)
     register_fsdp_forward_method(model, "run")
+    # Of bfloat16 weights the embedding would make a bfloat16 residual stream; it is float32 under
+    # autocast, where embeddings are not cast, and shall be here.
+    model.model.embed_tokens.register_forward_hook(lambda *call: call[-1].float())
     for part in fsdp_parts(model):  # gradients are summed, by plain sums: gloo knows no others
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)

@@ -295,7 +295,7 @@ def changes(work: Work) -> dict[str, Work]:
     else:
         found[f"--group {group}"] = {"group": group}
         found[f"--max_new {new}"] = {"max_new": new, "eval_new": asked}
-    return {told: replace(work, **keys) for told, keys in found.items()}
+    return {told: other for told, keys in found.items() if (other := replace(work, **keys)) != work}
 
 
 def check_disk(plan: Plan, out: str, checkpoints: int = 2) -> None:

@@ -12,7 +12,6 @@ import base64
 import contextlib
 import html
 import json
-import math
 import os
 import re
 import sys
@@ -106,22 +105,25 @@ def picture(folder: Path, name, alt: str = "") -> str:
     return f'<img alt="{esc(alt)}" {size} src="data:image/{kind};base64,{code}">'
 
 
-def curves(rows: list[dict], before: dict) -> str:
-    """A chart for every metric that is there, evaluations from what they gave before; those that
-    are always 0 are only named."""
+def curves(rows: list[dict], summary: dict) -> str:
+    """A chart for every metric that is there; those that are always 0 are only named. Evaluations
+    begin and end with those before and after, of the summary."""
     resumed = [row["step"] for row in rows if row.get("resumed") is True]
     for row in rows:
         spent = {phase: number(row.get(f"time/{phase}")) or 0.0 for phase in PHASES}
-        whole = sum(spent.values()) or math.nan
-        row |= {f"share/{phase}": v / whole for phase, v in spent.items()}
-    found = {key for row in rows for key, value in row.items() if number(value) is not None}
+        if spent["sample"]:
+            row |= {f"share/{phase}": v / sum(spent.values()) for phase, v in spent.items()}
+    found = {key for row in rows for key in row}
     own = [Curve(k, k[7:], "Mean of this reward.") for k in sorted(found - {c.key for c in CURVES})
            if k.startswith("reward/")]  # fmt: skip
     own += [Curve(k, f"{k[5:]}, greedy", "Right answers to all questions of this set. Should rise.",
                   True, (0, 1)) for k in sorted(found) if k.startswith("eval/")]  # fmt: skip
-    rows = [{"step": 0} | {f"eval/{k}": v.get("accuracy") for k, v in before.items()}, *rows]
+    for when, at in (("before", 0), ("after", rows[-1]["step"] if rows else 0)):
+        sets = summary.get(when) or {}
+        rows = [*rows, {"step": at} | {f"eval/{k}": v.get("accuracy") for k, v in sets.items()}]
+    rows.sort(key=lambda row: row["step"])
     out, zero = [], []
-    for curve in (c for c in (*CURVES[:3], *own, *CURVES[3:]) if c.key in found):
+    for curve in (*CURVES[:3], *own, *CURVES[3:]):
         some = (key for key in curve.more if any(number(row.get(key)) for row in rows))
         curve = curve._replace(more=tuple(some))
         data = series(rows, "step", curve.key, *curve.more)
@@ -135,11 +137,11 @@ def curves(rows: list[dict], before: dict) -> str:
 
 
 def phases(rows: list[dict]) -> str:
-    """A sentence: which share of all steps' time each phase had."""
+    """A sentence: which share of all steps' time each phase had. SFT does not say all of them."""
     spent = {k: sum(number(row.get(f"time/{k}")) or 0.0 for row in rows) for k in PHASES}
     whole = sum(spent.values())
     shares = ", ".join(f"{k} <b>{show(v / whole, True)}</b>" for k, v in spent.items() if v)
-    return f" Of the steps' time: {shares}." * bool(whole)
+    return f" Of the steps' time: {shares}." * bool(spent["sample"])
 
 
 def results(summary: dict) -> str:
@@ -203,11 +205,12 @@ def page(folder: Path, running: bool = False) -> str:
     late = f"Not finished: as of step {show(metrics[-1]['step'] if metrics else 0)}."
     if running:
         now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        summary.pop("after", None)  # if there is one, the run was done and got more steps
         late += f" It ran at {now}; until it ends, this page loads itself again every minute."
     notes = (about, esc(config.get("note") or ""), late * (running or "after" not in summary))
     parts = [("Curves", "A dot is a step, or lies beyond the edge that it is on; the line is their "
               "local mean, the number its last value. Upright lines: the run was resumed."
-              + phases(metrics), curves(metrics, summary.get("before") or {})),
+              + phases(metrics), curves(metrics, summary)),
              ("The same questions as it learns", "Answered greedily.", probes(folder, probed))]
     for step in spread(list(dict.fromkeys(row["step"] for row in logged)), STEPS):
         groups = [group(folder, row) for row in logged if row["step"] == step][:GROUPS]

@@ -43,7 +43,7 @@ from saving import damage, load_optimizers, progress
 FREE = {
     "out", "steps", "epochs", "note", "workers", "micro", "micro_prompts", "recompute",
     "shard_group", "save_every", "keep", "must_save_by", "resume", "dry_run", "probes",
-    "probe_every", "eval_every", "trackers",
+    "probe_every", "eval_every", "eval_saves", "trackers", "reward_seconds", "reward_memory",
 }  # fmt: skip
 
 

@@ -150,6 +150,7 @@ def write_moments(moments: dict[str, Tensor], folder: Path) -> dict[str, int]:
 
 
 def write_checkpoint(weights: dict[str, Tensor], cfg, processor, part: Path) -> None:
+    """What transformers and vLLM need of a checkpoint."""
     save_weights(part, weights, cfg)
     processor.save_pretrained(part)
 

@@ -7,8 +7,9 @@ metrics.jsonl has all of it, and is what a run relies on: a tracker that fails i
 run goes on. wandb stores everything below the run's folder first; where its server cannot be
 reached at the start it keeps to that, later it tries again, and a minute at the end.
 
-A run that was resumed continues its curves: wandb knows it by the id kept in the run's folder, and
-has the steps done twice from the first time; TensorBoard forgets them (purge_step).
+A run that was resumed continues its curves: wandb knows it by the id kept in the run's folder, gets
+what it lacks of metrics.jsonl, and has the steps done twice from the first time; TensorBoard
+forgets them (purge_step).
 
 Neither package is imported unless it is asked for.
 """
@@ -46,23 +47,23 @@ def open_trackers(names: tuple[str, ...], out: Path, cfg: dict, step: int) -> li
     step: the last that it has done, 0 for a new one. ValueError as told by check_installed, or if
     wandb knows no login."""
     check_installed(names)
-    return [OPEN[name](Path(out), cfg, step) for name in dict.fromkeys(names)]
+    return [OPEN[name](Path(out), cfg, step) for name in names]
 
 
 def log(trackers: list[Tracker], row: dict) -> None:
     """Every finite number of a row of metrics, under its own name, at row["step"]."""
-    numbers = {key: value for key, value in row.items() if key != "step" and finite(value)}
     for tracker in list(trackers):
         try:
-            tracker.write(numbers, row["step"])
+            tracker.write(numbers(row), row["step"])
         except OSError as error:  # its process is gone, the disk is full
             trackers.remove(tracker)
             tell(tracker.name, f"is left out from now on ({error})")
 
 
-def finite(value) -> bool:
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    return real and math.isfinite(value)
+def numbers(row: dict) -> dict[str, float]:
+    """The finite numbers of a row of metrics, without its step."""
+    return {key: value for key, value in row.items()
+            if key != "step" and type(value) in (int, float) and math.isfinite(value)}
 
 
 def close(trackers: list[Tracker]) -> None:
@@ -87,19 +88,23 @@ def open_wandb(out: Path, cfg: dict, step: int) -> Tracker:
         kept.write_text(secrets.token_hex(4))
     settings = wandb.Settings(console="off", init_timeout=30, finish_timeout=60)
     start = {"project": "nanor1v", "name": out.resolve().name, "id": kept.read_text().strip(),
-             "config": cfg, "allow_val_change": True, "dir": out, "settings": settings}
+             "config": cfg, "dir": out, "settings": settings}
     try:
         run = wandb.init(resume="allow", **start)
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
         raise ValueError(f"trackers wandb: {error} (or WANDB_MODE=offline)") from error
     except wandb.errors.CommError as error:
         tell("wandb", f"writes to {out}/wandb only, for `wandb sync` ({error})")
+        wandb.teardown()  # the failed run still holds the id
         run = wandb.init(mode="offline", **start)
 
-    def write(numbers: dict, at: int) -> None:
+    def write(found: dict, at: int) -> None:
         if at >= run.starting_step:  # what it has already it would refuse, with a warning each
-            run.log(numbers, step=at)
+            run.log(found, step=at)
 
+    if step:  # kill -9 takes what wandb had not written yet, some seconds
+        for row in map(json.loads, (out / "metrics.jsonl").read_text("utf-8").splitlines()):
+            write(numbers(row), row["step"])
     return Tracker("wandb", write, run.finish)
 
 
@@ -110,8 +115,8 @@ def open_tensorboard(out: Path, cfg: dict, step: int) -> Tracker:
     writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
     writer.add_text("config", "    " + json.dumps(cfg, indent=1).replace("\n", "\n    "))
 
-    def write(numbers: dict, at: int) -> None:
-        for key, value in numbers.items():
+    def write(found: dict, at: int) -> None:
+        for key, value in found.items():
             writer.add_scalar(key, value, at)
         writer.flush()
 

@@ -38,6 +38,7 @@ START_SECONDS = 120.0           # to be ready: imports, on a cold disk
 MOST = 4                        # processes of a pool, where there are as many cores
 LONGEST = 4000                  # characters of a traceback; its end says what was wrong
 COUNTS = {"killed": 0, "failed": 0}
+NOTHING = object()
 
 
 def counted() -> dict[str, int]:
@@ -84,10 +85,16 @@ class Pool:
 
     def ask(self, questions: list[tuple]) -> list[dict | None]:
         """For each question {"value": what answer(*question) gave}, {"error": traceback} if it
-        raised, or None: it was killed or died. ValueError: a process cannot start."""
+        raised, or None: it was killed or died. ValueError: a process cannot start.
+
+        The last part of a question may be one that several have in common, as those of a group
+        have their example. A process is not sent what it was sent before: a picture of 480 x 320
+        takes 2 ms, all else 0.2 ms.
+        """
         replies, left = [None] * len(questions), deque(enumerate(questions))
         with self.lock:
-            crew = self.workers[:len(questions)]
+            first = sorted(self.workers, key=lambda worker: not (worker.ready and worker.alive()))
+            crew = first[:len(questions)]               # those that are starting come last
             try:
                 for worker in crew:
                     if not worker.alive():
@@ -111,12 +118,13 @@ class Pool:
 
 
 class Worker:
-    """One process of a pool. number: of the question that it has, None where it has none."""
+    """One process of a pool. number: of the question that it has, None where it has none; last:
+    the last part of the latest."""
 
     def __init__(self, name: str, order: tuple):
         self.name, self.order = name, order
         self.process, self.pipe, self.owner = None, None, None
-        self.ready, self.number, self.deadline = False, None, 0.0
+        self.ready, self.number, self.deadline, self.last = False, None, 0.0, NOTHING
 
     def alive(self) -> bool:
         """Whether it is there to be asked. One that waits says nothing: what can be read is its
@@ -153,7 +161,9 @@ class Worker:
     def give(self, number: int, question: tuple, seconds: float) -> None:
         """Sends it a question. Where it does not take it, that will be known by its silence."""
         self.number, self.deadline = number, time.monotonic() + seconds
-        message = pickle.dumps(question)
+        *words, last = question
+        message = pickle.dumps((words, b"" if last is self.last else pickle.dumps(last)))
+        self.last = last
         with contextlib.suppress(OSError):
             self.pipe.send_bytes(message)
 
@@ -170,7 +180,7 @@ class Worker:
             with contextlib.suppress(subprocess.TimeoutExpired):    # it hangs in a network's disk
                 self.process.wait(1)
             self.pipe.close()
-        self.owner, self.ready, self.number = None, False, None
+        self.owner, self.ready, self.number, self.last = None, False, None, NOTHING
 
 
 def stop_all(workers) -> None:
@@ -208,29 +218,32 @@ def serve(parent: int, file: int) -> None:
     # Not RLIMIT_AS: CUDA and its libraries map many gigabytes that they never use.
     with contextlib.suppress(ValueError, OSError):      # systems without such a limit
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     limit(patience)
     try:
         answer = importlib.import_module(module).prepare(*arguments)
     except ValueError as error:
         pipe.send_bytes(json.dumps({"error": str(error)}).encode())
         return
-    reply = b"{}"
+    reply, last = b"{}", b""
     while True:
         limit(0)
-        pipe.send_bytes(reply)
         try:
+            pipe.send_bytes(reply)
             message = pipe.recv_bytes()
-        except EOFError:
+        except (EOFError, ConnectionError):             # the parent is gone
             return
         limit(seconds)
-        reply = answered(answer, message)
+        words, new = pickle.loads(message)
+        last = new or last                              # see Pool.ask; unpickled each time, since
+        reply = answered(answer, words, last)           # whoever is asked may change it
 
 
-def answered(answer, message: bytes) -> bytes:
-    """The reply to a pickled question. All that code of a user's own may raise is a reply too, but
-    for want of memory: what that leaves behind is not to be used again."""
+def answered(answer, words: list, last: bytes) -> bytes:
+    """The reply to a question. All that code of a user's own may raise is a reply too, but for want
+    of memory: what that leaves behind is not to be used again."""
     try:
-        return json.dumps({"value": answer(*pickle.loads(message))}).encode()
+        return json.dumps({"value": answer(*words, pickle.loads(last))}).encode()
     except MemoryError:
         os._exit(1)
     except Exception as error:
@@ -245,8 +258,7 @@ def told(error: Exception) -> str:
 
 def limit(seconds: float) -> None:
     """Ends this process after so many seconds (0: no more), inside C too, should its parent be gone
-    and not kill it: nothing handles this signal."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    and not kill it. Code of a user's own may take the alarm for itself."""
     signal.setitimer(signal.ITIMER_REAL, seconds and seconds + 1)
 
 

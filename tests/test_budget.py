@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     "config", "hub", "worker", "verify", "rewards", "template", "draw", "world", "images",
     "example", "checkpoint", "model", "parallel", "optim", "shards", "scenes", "rows", "scorers",
-    "patches", "data", "ahead", "rollout", "deal", "plan", "tally", "journal", "saving", "resume",
-    "trackers", "advice", "evaluate", "chart", "report", "logbook", "grpo", "sft", "chat",
+    "patches", "data", "ahead", "rollout", "deal", "live", "plan", "tally", "journal", "saving",
+    "resume", "trackers", "advice", "evaluate", "chart", "report", "logbook", "grpo", "sft", "chat",
     "describe", "traces", "pack", "distill", "eye", "tiny", "controls", "paper", "bench",
 ]  # fmt: skip
 LINES = {"grpo": 400, "model": 600, "world": 450}  # every other file 350

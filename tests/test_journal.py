@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +10,8 @@ import pytest
 import torch
 from PIL import Image
 from tiny_checkpoint import make_checkpoint
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
 
 import journal
-from config import opt
 from data import Example, Processor
 from journal import (
     Seconds,
@@ -23,20 +20,12 @@ from journal import (
     log_rollout,
     newest_checkpoint,
     peak_memory_gb,
-    run_folder,
-    save_checkpoint,
     save_images,
+    steps_of,
     write_json,
 )
 from model import Qwen2VL
 from rollout import as_rollout, sample
-
-
-@dataclass(frozen=True)
-class Config:
-    steps: int = opt(3, "steps")
-    names: tuple[str, ...] = opt(("a", "b"), "names")
-    out: str = opt("runs/x", "folder")
 
 
 @pytest.fixture(scope="module")
@@ -59,97 +48,11 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def everything(folder: Path) -> dict[str, bytes]:
-    """All files below a folder."""
-    paths = (p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
-
-
-# --------------------------------------------------------------------------- folders, checkpoints
-
-
-def test_a_run_folder_holds_every_key(tmp_path):
-    out = run_folder(str(tmp_path / "runs" / "new"), Config(steps=7))
-    assert out == tmp_path / "runs" / "new"
-    told = {"steps": 7, "names": ["a", "b"], "out": str(out)}  # where the run really went
-    assert json.loads((out / "config.json").read_text()) == told
-
-
-def test_a_second_run_of_the_same_name_goes_elsewhere_and_says_so(tmp_path, capsys):
-    name = str(tmp_path / "run")
-    first = run_folder(name, Config(steps=1))
-    (first / "metrics.jsonl").write_text("mine\n")
-    assert capsys.readouterr().err == ""
-    before = everything(first)
-    second, third = run_folder(name, Config(steps=2)), run_folder(name, Config(steps=3))
-    assert [first, second, third] == [tmp_path / n for n in ("run", "run_2", "run_3")]
-    assert everything(first) == before
-    assert set(everything(second)) == {"config.json"}
-    assert [json.loads((p / "config.json").read_text())["steps"] for p in (second, third)] == [2, 3]
-    assert str(second) in (said := capsys.readouterr().err) and str(third) in said
-
-
-def test_a_folder_that_holds_no_run_is_used_as_it_is(tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    assert run_folder(str(tmp_path / "run"), Config()) == tmp_path / "run"
-    assert capsys.readouterr().err == ""
-
-
-def test_a_saved_checkpoint_loads_here_and_in_transformers(made, tmp_path):
-    folder = tmp_path / "step_000010"
-    save_checkpoint(made.model, made.processor, folder)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000010"]
-    ours, theirs = Qwen2VL.from_pretrained(folder), made.model.state_dict()
-    assert ours.state_dict().keys() == theirs.keys()
-    assert all(torch.equal(v, theirs[k]) for k, v in ours.state_dict().items())
-    prompt = made.prompts[0]
-    again = Processor.from_pretrained(folder).prompt(prompt.example)
-    assert torch.equal(again.ids, prompt.ids) and torch.equal(again.patches, prompt.patches)
-
-    reference = Qwen2VLForConditionalGeneration.from_pretrained(folder)
-    assert torch.equal(reference.lm_head.weight, made.model.head)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.encode("How many items?") == made.processor.encode("How many items?")
-    seen = AutoImageProcessor.from_pretrained(folder)(
-        Image.fromarray(made.images[0]), return_tensors="pt"
-    )
-    assert torch.allclose(seen["pixel_values"], prompt.patches, atol=1e-5)
-    assert reference.generation_config.eos_token_id == made.processor.stop_ids
+# ------------------------------------------------------------------------ checkpoints, JSON
 
 
 def fail(*_):
     raise OSError("No space left on device")
-
-
-@pytest.mark.parametrize("what", ["model", "processor"])
-def test_a_save_that_fails_leaves_nothing_under_the_final_name(made, tmp_path, what):
-    """The older checkpoint stays the newest, and the next save is not hindered by the remains."""
-    save_checkpoint(made.model, made.processor, tmp_path / "step_000001")
-    before = everything(tmp_path / "step_000001")
-    broken = SimpleNamespace(save_pretrained=fail)
-    pair = {"model": made.model, "processor": made.processor, what: broken}
-    with pytest.raises(OSError, match="No space"):
-        save_checkpoint(*pair.values(), tmp_path / "step_000002")
-    assert not (tmp_path / "step_000002").exists()
-    assert everything(tmp_path / "step_000001") == before
-    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "step_000001")
-
-    part = tmp_path / "step_000002.tmp"
-    part.mkdir(exist_ok=True)
-    (part / "stale.safetensors").write_text("of the save that failed")
-    save_checkpoint(made.model, made.processor, tmp_path / "step_000002")
-    assert everything(tmp_path / "step_000002").keys() == before.keys()
-    assert not part.exists()
-    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "step_000002")
-
-
-def test_a_checkpoint_is_never_written_over_another(made, tmp_path):
-    folder = tmp_path / "step_000001"
-    folder.mkdir()
-    (folder / "model.safetensors").write_text("older")
-    with pytest.raises(OSError):
-        save_checkpoint(made.model, made.processor, folder)
-    assert everything(folder) == {"model.safetensors": b"older"}
 
 
 def checkpoint_like(folder: Path, *names) -> str:
@@ -167,13 +70,18 @@ def test_the_newest_checkpoint_is_the_folder_itself_or_its_last_whole_step(tmp_p
     checkpoint_like(run / "step_000900")
     newest = checkpoint_like(run / "step_001000")
     checkpoint_like(run / "step_000100")
+    assert [p.name for p in steps_of(run)] == ["step_000100", "step_000900", "step_001000"]
     assert newest_checkpoint(str(run)) == newest
     checkpoint_like(run / "step_002000.tmp")
     checkpoint_like(run / "step_003000", "config.json")
     checkpoint_like(run / "step_004000", "tokenizer.json")
     (run / "step_005000").write_text("a file")
+    checkpoint_like(run / "step_006000_mine")
+    checkpoint_like(run / "damaged_step_007000")
     assert newest_checkpoint(str(run)) == newest
     assert newest_checkpoint(newest) == newest
+    last = checkpoint_like(run / "step_1000000")  # by number, not by name
+    assert newest_checkpoint(str(run)) == last
 
 
 def test_of_a_folder_of_runs_the_newest_run_counts_at_its_last_step(tmp_path):
@@ -223,6 +131,21 @@ def test_json_is_whole_or_not_there(tmp_path, monkeypatch):
         with pytest.raises(OSError):
             write_json({"new": True}, path)
     assert json.loads(old.read_text()) == {"old": True} and not new.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    """What was there before stays, and no remains."""
+    old, full = tmp_path / "old.json", tmp_path / "full.jsonl"
+    write_json({"old": True}, old)
+    for path in (tmp_path / "old.json.tmp", full):
+        path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/old\.json'"):
+        write_json({"new": True}, old)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/full\.jsonl'"):
+        append(full, {"step": 1})
+    assert json.loads(old.read_text()) == {"old": True}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full.jsonl", "old.json"]
 
 
 def test_append_adds_one_line_each_time(tmp_path):

@@ -6,12 +6,11 @@ import math
 import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 from PIL import Image
 
 import report
-from report import CURVES, Curve
+from report import CURVES
 
 EVIL = "</script></pre><img src=x onerror=alert(1)>'\"&"
 SHOWN = "&lt;/script&gt;&lt;/pre&gt;&lt;img src=x onerror=alert(1)&gt;&#x27;&quot;&amp;"
@@ -88,29 +87,7 @@ def test_of_a_step_logged_twice_the_later_line_counts(tmp_path):
     assert report.read(tmp_path / "r.jsonl") == groups
 
 
-def test_spread_takes_the_first_and_the_last():
-    assert report.spread(range(9), 3) == [0, 4, 8]
-    assert report.spread("ab", 3) == ["a", "b"] and report.spread([], 3) == []
-
-
-def test_only_finite_numbers_of_a_sane_size_are_numbers():
-    assert report.number(2) == 2.0 and report.number(np.float64(0.5)) == 0.5
-    bad = (math.nan, math.inf, -math.inf, 1e300, 10**400, True, None, "1", [1])
-    assert [report.number(x) for x in bad] == [None] * len(bad)
-
-
-def test_numbers_are_short():
-    shown = [report.show(x) for x in (0, 0.12345, 1.0004, 12.345, 12345.6, 1e-6, -2.5, math.nan)]
-    assert shown == ["0", "0.123", "1", "12.3", "12,346", "1e-6".replace("-", "−"), "−2.5", "–"]
-    assert report.show(0.3456, share=True) == "34.6 %" and report.show(None, share=True) == "–"
-
-
 # ---- text and pictures ----
-
-def test_markup_nul_surrogates_and_direction_marks_become_harmless_text():
-    assert report.esc(EVIL) == SHOWN
-    assert report.esc("a\0b\ud800c\u202ed\n\te") == "a\ufffdb\ufffdc\ufffdd\n\te"
-
 
 def test_a_completion_shows_its_tags_apart_and_is_cut_in_the_middle():
     assert report.said("<answer> 2 </answer>") == (
@@ -159,93 +136,55 @@ def test_a_picture_that_is_missing_too_large_or_none_leaves_a_note(tmp_path, mon
 
 # ---- curves ----
 
-def test_a_series_leaves_out_steps_whose_metric_is_missing_or_not_finite():
-    rows = [{"step": 1, "x": 5}, {"step": 2, "x": math.nan}, {"step": 3}, {"step": 4, "x": "6"},
-            {"step": 5, "x": 7.0}]
-    assert report.series(rows, "step", "x").tolist() == [[1, 5], [5, 7]]
-    assert report.series(rows, "step", "y").size == 0
-
-
-def test_a_smoothed_line_keeps_constants_and_means_neighbours():
-    assert np.allclose(report.smooth(np.full(100, 3.0)), 3)
-    few = np.array([1.0, 5.0, 2.0])
-    assert np.allclose(report.smooth(few), few)
-    spike = np.zeros(20)
-    spike[10] = 4.0  # n // 20 = 1 neighbour each side: weights 1/4, 1/2, 1/4
-    assert np.allclose(report.smooth(spike)[9:12], [1, 2, 1])
-    assert np.allclose(report.smooth(spike[::-1])[8:11], [1, 2, 1])
-
-
-@pytest.mark.parametrize(("lo", "hi", "want"), [
-    (0, 1, [0, 0.5, 1]), (0, 1.9, [0, 0.5, 1, 1.5, 2]), (-3, 30, [-10, 0, 10, 20, 30]),
-    (0, 0.0003, [0, 0.0001, 0.0002, 0.0003]), (5, 5, [5]), (0, 5e-324, [0]),
-])  # fmt: skip
-def test_ticks_are_round_and_enclose_the_range(lo, hi, want):
-    assert np.allclose(report.ticks(lo, hi), want, rtol=1e-9, atol=1e-12)
-
-
-def test_a_value_is_placed_in_proportion_and_never_beyond_the_frame():
-    assert report.place(3, 1, 5, 10, 30) == 20
-    assert report.place(np.array([1, 5, 99]), 1, 5, 126, 10).tolist() == [126, 10, 10]
-    assert report.place(7, 7, 7, 0, 10) == 5
-
-
-def numbers(svg, kind):
-    """The points of the path of a kind: (n, 2)."""
-    data = re.search(f'class="{kind}" d="([^"]*)"', svg)[1]
-    return np.array([float(x) for x in re.findall(r"-?\d+\.\d", data)]).reshape(-1, 2)
-
-
-def test_a_curve_goes_from_corner_to_corner():
-    data = np.array([[1, 2, 3], [0.0, 2, 4]])
-    svg = report.draw(Curve("x", "X", ""), data)
-    middle = ((report.LEFT + report.RIGHT) / 2, (report.BOTTOM + report.TOP) / 2)
-    want = [(report.LEFT, report.BOTTOM), middle, (report.RIGHT, report.TOP)]
-    assert np.allclose(numbers(svg, "line"), want) and np.allclose(numbers(svg, "dots"), want)
-    assert "<h3>X <b>4</b></h3>" in svg and "<title>step 2: 2</title>" in svg
-    assert re.findall(r"<text[^>]*>([^<]*)", svg) == [*"01234", *"123"]
-
-
-def test_a_share_is_drawn_in_per_cent_on_its_whole_axis():
-    svg = report.draw(Curve("x", "X", "", True, (0, 1)), np.array([[1, 2], [0.5, 0.25]]))
-    assert np.allclose(numbers(svg, "line")[:, 1], [68, 97])  # 10 is 100 %, 126 is 0 %
-    assert "<b>25 %</b>" in svg and ">100 %<" in svg
-
-
-def test_a_band_reaches_from_its_lower_to_its_upper_edge():
-    data = np.array([[1, 2], [2.0, 2], [1, 1], [4, 4]])
-    band = numbers(report.draw(Curve("x", "X", ""), data), "band")
-    assert np.allclose(band[:, 1], [10, 10, 97, 97]) or np.allclose(band[:, 1], [97, 97, 10, 10])
-
-
-def test_one_spike_neither_flattens_the_chart_nor_bends_the_line():
-    flat = np.array([np.arange(300), np.repeat([1.0, 2.0], 150)])
-    data = flat.copy()
-    data[1, 75] = 1e6
-    bare, svg = (report.draw(Curve("x", "X", ""), d) for d in (flat, data))
-    heights = numbers(svg, "line")[:, 1]
-    assert np.allclose(heights[[0, -1]], [68, 10])  # 1 and 2 on an axis from 0 to 2
-    assert np.abs(heights - numbers(bare, "line")[:, 1]).max() < 5  # of 116
-    assert numbers(svg, "dots")[75, 1] == 10 and "1e" not in svg
-
-
-def test_a_single_step_and_huge_or_tiny_values_can_be_drawn():
-    for v in (3.0, -1e29, 1e-300, 5e-324):
-        assert "nan" not in report.draw(Curve("x", "X", ""), np.array([[7.0], [v]]))
-
-
-def test_a_long_run_is_thinned():
-    n = 20_000
-    svg = report.draw(Curve("x", "X", ""), np.array([np.arange(n), np.sin(np.arange(n))]))
-    assert len(numbers(svg, "line")) == len(numbers(svg, "dots")) == 400 and len(svg) < 30_000
-
-
 def test_only_metrics_that_are_there_are_drawn_and_those_always_zero_are_named():
     rows = [{"step": s, "kl": 0.0, "entropy": 1.0, "reward/own": 0.3, "odd": 1} for s in (1, 2)]
-    text = report.curves(rows)
+    text = report.curves(rows, {})
     assert re.findall("<h3>(.*?) <b>", text) == ["own", "Entropy"]
     assert "Always 0, not drawn: KL to the start." in text and "odd" not in text
-    assert report.curves([{"step": 1, "other": 2}]) == ""
+    assert report.curves([{"step": 1, "other": 2}], {}) == ""
+    assert report.curves([], {"before": {"A": {"accuracy": 1.0}}}) == ""
+
+
+def test_an_evaluation_is_a_curve_from_what_it_gave_before_to_what_it_gave_after():
+    rows = [{"step": 1, "reward": 1.0}, {"step": 2, "eval/A": 0.75, "reward": 1.0}]
+    before = {"A": {"accuracy": 0.25}, "only_before": {"accuracy": 1.0}}
+    text = report.curves(rows, {"before": before})
+    assert re.findall("<h3>(.*?) <b>", text) == ["Reward", "A, greedy"]
+    assert "A, greedy: 25 % at first, 75 % at last" in text
+    assert "<title>step 0: A 25 %</title>" in text and "<title>step 2: A 75 %</title>" in text
+    after = {"A": {"accuracy": 1.0}}
+    text = report.curves([*rows, {"step": 3}], {"before": before, "after": after})
+    assert "A, greedy: 25 % at first, 100 % at last" in text
+    assert re.findall("<title>step (.): A", text) == ["0", "2", "3"]
+
+
+def test_of_the_lines_beside_a_curve_only_those_that_there_are_and_are_not_zero_are_drawn():
+    rows = [{"step": s, "grad_norm": 2.0, "grad_norm/vision": 0.0, "grad_norm/language": float(s)}
+            for s in (0, 1)]
+    rows += [{"step": 2, "grad_norm": None, "grad_norm/language": 9.0}]  # not finite: left out
+    text = report.curves(rows, {})
+    assert re.findall('<b class="l.">(.*?)</b>', text) == ["language 1"]
+
+
+def test_the_time_of_a_step_is_shared_out_among_its_phases():
+    """Steps of SFT, which does not time what a step consists of, have no such shares."""
+    rows = [{"step": 1, "time/sample": 1.0, "time/update": 2.0, "time/save": 1.0, "time/x": 9.0},
+            {"step": 2, "time/sample": 3.0, "time/update": 1.0}]
+    told = report.phases(rows)
+    assert "sample <b>50.0 %</b>, update <b>37.5 %</b>, save <b>12.5 %</b>." in told
+    text = report.curves(rows, {})
+    assert "Time for sampling: 25 % at first, 75 % at last" in text
+    assert re.findall('<b class="l.">(.*?)</b>', text) == ["update 25 %", "save 0 %"]
+    sft = [{"step": 1, "time/log": 1.0, "time/save": 2.0}]
+    assert report.phases(sft) == report.curves(sft, {}) == ""
+
+
+def test_upright_lines_stand_where_it_was_resumed_within_a_chart():
+    rows = [{"step": s, "reward": 1.0, "resumed": s in (3, 5)} for s in range(1, 7)]
+    rows[1] |= {"entropy": 1.0}
+    rows[3] |= {"entropy": 1.0}
+    charts = report.curves(rows, {}).split("<figure>")[1:]
+    assert [c.count('class="resumed"') for c in charts] == [2, 1]
 
 
 def test_every_curve_says_what_it_means():
@@ -325,6 +264,22 @@ def test_the_note_of_the_run_stands_at_its_head_escaped(tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "note": "flawed <on> purpose"}))
     text = report.page(folder)
     assert text.index("<h1>") < text.index("flawed &lt;on&gt; purpose") < text.index("<table>")
+
+
+def test_the_page_of_a_running_run_says_so_and_loads_itself_again_until_it_has_ended(tmp_path):
+    folder = a_run(tmp_path)
+
+    def reloads():
+        tags = Page((folder / "report.html").read_text()).tags
+        return [a["content"] for _, a in tags if a.get("http-equiv") == "refresh"]
+
+    report.write(folder, running=True)  # one that was done, and now gets more steps
+    assert reloads() == ["60"] and '<tr class="after">' not in report.page(folder, True)
+    now = r"as of step 3\. It ran at 20\d\d-\d\d-\d\d \d\d:\d\d UTC"
+    assert re.search(now, (folder / "report.html").read_text())
+    report.write(folder)
+    assert '<tr class="after">' in report.page(folder)
+    assert reloads() == [] and "It ran at" not in report.page(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl", "probes.jsonl",

@@ -2,21 +2,28 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from groups import PROCESSOR, fill, shared_out
+from PIL import Image
+from run_many import RunMany
+from tiny_checkpoint import make_checkpoint, picture
 
+import grpo
 import resume
+import sft
 from config import opt
 from journal import append, steps_of
-from resume import Stop, age_of_process, choose_run, open_run
+from resume import FREE, Run, Stop, age_of_process, choose_run, open_run
 from saving import save, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -198,6 +205,17 @@ def test_a_place_where_nothing_can_be_written_is_named(cfg):
     if Path("/sys/kernel").is_dir():
         with pytest.raises(ValueError, match="/sys/nowhere"):
             start(replace(cfg, out="/sys/nowhere"))
+
+
+def test_a_disk_that_not_all_machines_see_is_refused(cfg, monkeypatch):
+    """The first process says where the run is; this one looks."""
+    monkeypatch.setattr(resume, "choose_run", lambda *_: Run(Path(cfg.out)))
+    with pytest.raises(ValueError, match=f"--out {cfg.out}: .* does not see .* must be on a disk"):
+        start(cfg)
+
+
+def test_the_keys_that_may_change_are_keys():
+    assert {field.name for c in (grpo.Config, sft.Config) for field in fields(c)} >= FREE
 
 
 # ---------------------------------------------------------------------------------------- damage
@@ -511,3 +529,101 @@ def test_two_processes_write_one_run_and_end_after_the_same_step(tmp_path):
     assert found[0] == found[1]
     assert "File exists" in found[0].pop("refused")
     assert found[0] == {"out": str(out), "status": 0, "done": [1, 2, 3]}
+
+
+# ---------------------------------------------------------------------------------- whole runs
+
+
+REWARD = """
+def vowels(text, example):
+    "Share of vowels among the characters, in [0, 1]."
+    return sum(c in "aeiou" for c in text) / max(1, len(text))
+"""
+CLOCK = ("time/", "seconds", "samples_per", "tokens_per", "memory_gb", "resumed")  # keys
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs a program on a small checkpoint and four rows: run(name of its folder, program, ...)."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_checkpoint(folder / "model")
+    (folder / "reward.py").write_text(REWARD)
+    lines = []
+    for i in range(4):
+        Image.fromarray(picture(i, 56, 56)).save(folder / f"{i}.png")
+        lines.append({"images": [f"{i}.png"], "problem": f"How many? {'x' * i}", "solution": "3"})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["--model", folder / "model", "--data", folder / "rows.jsonl", "--steps", 4,
+             "--lr", 1e-3, "--probes", 1, "--max_new", 6, "--keep", 2]  # fmt: skip
+    grpo = [*words, "--rewards", f"{folder}/reward.py:vowels", "--prompts", 2, "--group", 2,
+            "--probe_every", 1, "--optimizer", "muon"]  # fmt: skip
+    own = {"grpo": grpo, "sft": [*words, "--batch", 2, "--eval_every", 1]}
+    with RunMany() as many:
+        yield lambda name, program, save_every=2, **when: (folder / name, *many(
+            program, *own[program], "--out", folder / name, "--save_every", save_every, **when))
+
+
+def result(out: Path) -> dict:
+    """All that a run leaves which is not a time."""
+    found = {p.name: p.read_bytes() for p in (out / "step_000004").rglob("*.safetensors")}
+    for path in out.glob("*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        found[path.name] = [{k: v for k, v in row.items() if not k.startswith(CLOCK)}
+                            for row in rows]  # fmt: skip
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(run):
+    """The results of runs that nothing disturbed."""
+    found = {}
+    for program in ("grpo", "sft"):
+        out, status, said = run(f"{program}_whole", program)
+        assert status == 0, said
+        found[program] = result(out)
+        assert [row["step"] for row in found[program]["metrics.jsonl"]] == [1, 2, 3, 4]
+    return found
+
+
+@pytest.mark.parametrize("program", ["grpo", "sft"])
+def test_two_steps_and_two_are_four_bit_for_bit(run, whole, program):
+    """Killed in step 3, before its line: weights, moments, metrics, samples and answers.
+
+    Before that there are the lines of the steps 1 and 2, and the save's wait for the disk.
+    """
+    name = f"{program}_killed"
+    assert run(name, program, kill=3, at="metrics.jsonl")[1] == -signal.SIGKILL
+    out, status, said = run(name, program)
+    assert status == 0 and f"goes on from {out}/step_000002" in said
+    assert result(out) == whole[program]
+    logs = {"metrics.jsonl", "probes.jsonl"} | ({"rollouts.jsonl"} if program == "grpo" else set())
+    weights = {"model.safetensors", "optimizer_0_0.safetensors"}
+    assert whole[program].keys() == logs | weights
+
+
+@pytest.mark.parametrize("program", ["grpo", "sft"])
+def test_a_run_that_is_asked_to_stop_saves_and_its_command_goes_on(run, whole, program):
+    name = f"{program}_asked"
+    for stop, number in ((signal.SIGTERM, 0), (signal.SIGINT, 1)):  # the second cuts it, first
+        out, status, said = run(name, program, signal=stop, at="metrics.jsonl", kill=number)
+        assert status == 0 and f"{stop.name}: ended and saved" in said, said
+    assert [p.name for p in steps_of(out)] == ["step_000001", "step_000002"]
+    assert run(name, program)[1] == 0 and result(out) == whole[program]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["grpo", "sft"])
+def test_a_run_that_is_killed_twenty_times_ends_as_one_that_was_not(run, whole, program):
+    """At random moments: before an operation on a file, as in the middle of a save, or anywhere."""
+    name, random, kills = f"{program}_twenty", np.random.default_rng(0), 0
+    while kills < 20:
+        when = {"kill": int(random.integers(60))}
+        when = when if kills % 2 else {"after": random.uniform(0.1, 2)}
+        out, status, said = run(name, program, 1, **when)
+        assert status in (0, -signal.SIGKILL), said
+        if status == 0:
+            assert result(out) == whole[program]
+            shutil.rmtree(out)
+        kills += status != 0
+    assert run(name, program, 1)[1] == 0
+    assert result(out) == whole[program]

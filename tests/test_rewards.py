@@ -630,7 +630,7 @@ def f(text, example):
         while True: pass
     if text == "tower": return 9**9**9**9
     if text == "die": os._exit(0)
-    if text == "fill": return len(bytearray(2**30))
+    if text == "fill": return len(bytearray(6 * 10**8))
     if text == "raise": raise KeyError("odd")
     if text == "word": return "word"
     if text == "print": print('{"value": 7}')
@@ -642,10 +642,10 @@ def g(text, example): return f(text, example)
 def test_what_hangs_dies_or_fills_the_memory_has_no_reward_and_is_counted(tmp_path, capsys):
     [(_, function, _)] = load_rewards((f"{own(tmp_path, HARMFUL)}:f",), (), 0.7, 0.5)
     counted()
-    texts = ["a", "hang", "bb", "die", "print", "fill", "tower", "ccc"]
+    texts, start = ["a", "hang", "bb", "die", "print", "fill", "tower", "ccc"], time.monotonic()
     [values] = score_all([("f", function, 1.0)], texts, [gold("3")] * 8)
     assert values == [1.0, None, 2.0, None, 5.0, None, None, 3.0]
-    assert counted() == {"killed": 4, "failed": 0}
+    assert counted() == {"killed": 4, "failed": 0} and time.monotonic() - start < 7
     told = capsys.readouterr().err
     assert told.count("no reward") == 1 and "mine.py:f: was killed or died" in told
     assert "0.7 s and 0.5 GB" in told

@@ -33,13 +33,26 @@ def prepare(kind="", word=None):
         sys.exit(3)
     if kind == "hang":
         time.sleep(60)
+    if kind == "alarm":
+        signal.signal(signal.SIGALRM, late)
     if kind == "slow":
         time.sleep(0.6)
     return answer
 
+def late(*_):
+    raise TimeoutError("late")
+
 def answer(kind, word=None):
+    if kind == "own alarm":
+        signal.alarm(1)
+        time.sleep(60)
     if kind == "say":
         return word
+    if kind == "change":
+        word.append(len(word))
+        return word
+    if kind == "threads":
+        return [os.environ["OMP_NUM_THREADS"], os.getcwd()]
     if kind == "pid":
         return os.getpid()
     if kind == "sleep":
@@ -126,8 +139,10 @@ def gone(pid: int, seconds: float = 5) -> bool:
 
 
 def says(pool: Pool, word="so") -> bool:
-    """Whether all its processes answer, and with the answer to the question."""
+    """Whether all its processes answer, once they are there, and each the question it got."""
     n = 3 * len(pool.workers)
+    while not all(w.ready for w in pool.workers):
+        pool.ask([("sleep", 0.1)] * n)
     return pool.ask([("say", f"{word} {i}") for i in range(n)]) == [
         {"value": f"{word} {i}"} for i in range(n)
     ]
@@ -146,6 +161,33 @@ def test_answers_come_in_the_order_of_the_questions(pool):
                          ids=["none", "true", "number", "odd", "long", "nested"])  # fmt: skip
 def test_what_is_said_arrives_as_it_is(pool, word):
     assert pool.ask([("say", word)]) == [{"value": word}]
+
+
+class Heavy:
+    """Notes how often it is pickled; arrives as a list of one."""
+
+    def __init__(self):
+        self.sent = 0
+
+    def __reduce__(self):
+        self.sent += 1
+        return list, ((7,),)
+
+
+def test_what_questions_have_in_common_is_sent_to_a_process_once():
+    pool, one, two = make(seconds=0.4, most=1), Heavy(), Heavy()
+    asked = [("say", one)] * 3 + [("say", two)] * 2 + [("say", one)]
+    assert pool.ask(asked) == [{"value": [7]}] * 6 and (one.sent, two.sent) == (2, 1)
+    assert pool.ask([("say", one), ("sleep", 60), ("say", one)]) == [
+        {"value": [7]}, None, {"value": [7]}
+    ]  # fmt: skip
+    assert one.sent == 3  # a process in another's place has been sent nothing
+    assert pool.ask([("say", [n]) for n in (7, 8, 7)]) == [{"value": [n]} for n in (7, 8, 7)]
+
+
+def test_what_one_question_changes_is_not_changed_for_the_next():
+    word = [5]
+    assert make(most=1).ask([("change", word)] * 3) == [{"value": [5, 1]}] * 3 and word == [5]
 
 
 def test_questions_are_answered_at_the_same_time():
@@ -195,6 +237,12 @@ def test_no_answer_is_unpickled(pool, tmp_path, monkeypatch):
     assert "Evil is not JSON serializable" in reply["error"] and not list(tmp_path.iterdir())
 
 
+def test_it_works_in_the_same_folder_with_one_thread(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.chdir(tmp_path)
+    assert make().ask([("threads", 0)]) == [{"value": ["1", str(tmp_path)]}]
+
+
 def test_what_is_printed_goes_to_stderr_and_is_no_answer(capfd):
     pool = make(most=1)
     assert pool.ask([("print", 10**5), ("print", 3)]) == [{"value": ""}] * 2  # stdin is empty
@@ -222,6 +270,13 @@ def test_what_hangs_or_dies_is_killed_replaced_and_counted(pool, question):
     assert counted() == {"killed": 1, "failed": 0} and counted() == {"killed": 0, "failed": 0}
     assert says(pool) and len(before & {w.process.pid for w in pool.workers}) == 1
     assert all(gone(pid) for pid in before - {w.process.pid for w in pool.workers})
+
+
+def test_an_alarm_of_its_own_is_its_own():
+    """As rewards have that limit their own time: a handler from the start, an alarm in the call."""
+    [early, reply, later] = make("alarm", most=1).ask([("say", 1), ("own alarm",), ("say", 2)])
+    assert (early, later) == ({"value": 1}, {"value": 2})
+    assert reply["error"].endswith("TimeoutError: late")
 
 
 def test_memory_below_the_limit_is_there_and_the_limit_is_that_of_the_pool():
@@ -255,6 +310,18 @@ def test_a_large_question_to_one_that_does_not_read_waits_no_longer_than_the_lim
     replies = pool.ask([("say", "x" * 2**24), ("say", "y" * 2**24)])
     assert replies == [None, {"value": "y" * 2**24}]
     assert time.monotonic() - start < 4 and says(pool)
+
+
+def test_a_process_that_is_starting_is_not_waited_for_where_another_is_ready():
+    pool = make("slow")
+    pool.start()
+    os.kill(pool.workers[0].process.pid, signal.SIGKILL)
+    assert gone(pool.workers[0].process.pid)
+    start = time.monotonic()
+    assert pool.ask([("say", 1)]) == [{"value": 1}] and time.monotonic() - start < 0.5
+    assert pool.ask([("say", i) for i in range(5)]) == [{"value": i} for i in range(5)]
+    assert time.monotonic() - start < 0.6  # it takes longer to be there, and that in the background
+    assert says(pool)
 
 
 def test_what_it_has_started_is_killed_with_it(pool, tmp_path):
@@ -365,7 +432,7 @@ def parent(module: Path, then: str) -> tuple[subprocess.Popen, int]:
         import os, sys, time
         sys.path.append({str(module)!r})
         from worker import Pool
-        pool = Pool("the work", "answers", (), 2.0, 2**28, 1)
+        pool = Pool("the work", "answers", (), 1.0, 2**28, 1)
         print(pool.ask([("pid",)])[0]["value"], flush=True)
     """)
     run = subprocess.Popen([sys.executable, "-c", code + then], cwd=ROOT, text=True,
