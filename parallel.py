@@ -49,10 +49,14 @@ def start() -> str:
     if "RANK" in os.environ and not dist.is_initialized():
         # Python objects go by gloo, from memory to memory, and wait for no GPU. The time is the
         # longest that one process may keep the others waiting: it writes a checkpoint.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                timeout=timedelta(minutes=30))
+        me, others = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        keeps = me == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30),
+            store=store(keeps), rank=me, world_size=others,
+        )  # fmt: skip
         if size() > 1:
-            threading.Thread(target=watch, args=(life_signs(),), daemon=True).start()
+            threading.Thread(target=watch, args=(store(),), daemon=True).start()
     return device
 
 
@@ -209,7 +213,7 @@ def together():
         done = isinstance(error, SystemExit) and not error.code
         if size() > 1 and not done:
             with suppress(RuntimeError):
-                life_signs().set("died", f"process {rank()} failed: {error!r:.2000}")
+                store().set("died", f"process {rank()} failed: {error!r:.2000}")
         raise
     finally:
         FINISHED.set()
@@ -217,12 +221,14 @@ def together():
             dist.destroy_process_group()
 
 
-def life_signs() -> dist.Store:
-    """A connection of its own to the store that the processes met at. Each writes there how often
-    it was alive, and what ended it."""
+def store(keeps: bool = False) -> dist.Store:
+    """A connection to the store at which the processes meet, tell that they are alive, and what
+    ended them. torchrun keeps it, else the first process (`keeps`). Each start has names of its
+    own: torchrun 2.13 leaves those of the last there, with addresses at which nobody answers."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=SILENT))
-    return dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    found = dist.TCPStore(address, port, is_master=keeps, timeout=timedelta(minutes=5),
+                          wait_for_workers=False)  # fmt: skip
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", found)
 
 
 def watch(store: dist.Store) -> None:
@@ -231,8 +237,8 @@ def watch(store: dist.Store) -> None:
     me, other, beats, last, at = rank(), (rank() + 1) % size(), 0, None, time.monotonic()
     try:
         while not FINISHED.wait(BEAT):
-            store.set(str(me), str(beats := beats + 1))
-            now = store.get(str(other)) if store.check([str(other)]) else None
+            store.set(f"alive {me}", str(beats := beats + 1))
+            now = store.get(f"alive {other}") if store.check([f"alive {other}"]) else None
             if now != last:
                 last, at = now, time.monotonic()
             if time.monotonic() - at > SILENT:

@@ -32,6 +32,7 @@ import time
 import traceback
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe, wait
 
 START_SECONDS = 120.0           # to be ready: imports, on a cold disk
@@ -188,14 +189,16 @@ def stop_all(workers) -> None:
         worker.stop()
 
 
-def heard(crew: list[Worker]) -> list[tuple[Worker, dict | None]]:
+def heard(crew: list[Worker]) -> Iterator[tuple[Worker, dict | None]]:
     """Waits until some of those that are starting or have a question speak or are late; what each
-    says, None for one that is late or dead."""
+    says, None for one that is late or dead. Read one by one: where one is an error, what the others
+    say is still there for the next time."""
     busy = {w.pipe: w for w in crew if w.number is not None or not w.ready}
     until = min(w.deadline for w in busy.values())
     spoke, now = wait(busy, max(0.0, until - time.monotonic())), time.monotonic()
-    return [(w, w.read() if pipe in spoke else None) for pipe, w in busy.items()
-            if pipe in spoke or w.deadline <= now]
+    for pipe, worker in busy.items():
+        if pipe in spoke or worker.deadline <= now:
+            yield worker, worker.read() if pipe in spoke else None
 
 
 def limit_sending(pipe: Connection, seconds: float) -> None:

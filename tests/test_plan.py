@@ -290,6 +290,15 @@ def test_a_large_vocabulary_is_planned_for(tmp_path):
     assert_near(sum(parts.values()) - parts["weights"] - parts["optimizer"], peak)
 
 
+def test_the_head_sees_all_that_is_learnt_and_has_a_gradient_of_its_own(small):
+    cfg, few = replace(small.cfg, vocab_size=50_000), work_of(small.prompts, 2, 1)
+    gradient = 4 * 50_000 * cfg.hidden_size
+    assert plan.of(cfg, few).moments["update"]["temporary"] > gradient
+    whole = replace(few, group=1, max_new=0, sft=True)
+    logits = 4 * 50_000 * 2 * whole.tokens
+    assert plan.of(cfg, whole).moments["update"]["temporary"] > gradient + logits
+
+
 def test_what_the_decoder_kept_is_free_when_the_worst_moment_is_the_towers(small):
     work = work_of(small.prompts, 2, 1, recompute=True, bf16=True)
     work = replace(work, patches=16_384)  # of tokens there are few
