@@ -23,7 +23,6 @@ import difflib
 import json
 import math
 import operator
-import os
 import sys
 import tomllib
 import types
@@ -101,13 +100,6 @@ def to_dict(cfg):
     """Every key and value as JSON knows them: tuples are lists."""
     return {key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(cfg).items()}
-
-
-def save_json(cfg, path):
-    """Write to_dict(cfg) to path. The name appears when the file is whole."""
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps(to_dict(cfg), indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 # ---- the command line ----

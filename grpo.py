@@ -297,7 +297,7 @@ def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNames
         policy = policy.recompute_blocks() if cfg.recompute else policy
         optimizers = make_optimizers(policy, cfg.optimizer, cfg.lr, cfg.weight_decay)
         take_up(run, policy, optimizers, len(rows))
-        reference = load(state["start"]) if cfg.beta else None
+        reference = load(state["start"]).requires_grad_(False) if cfg.beta else None
         book = Logbook(cfg, run, seconds, stop, steps=cfg.steps, model=policy, evals=evals,
                        processor=processor, optimizers=optimizers, state=state,
                        shown=("reward", "length/mean"))

@@ -111,9 +111,9 @@ def of(cfg: ModelConfig, work: Work) -> Plan:
         held = models * root * c
         gathered = N * c + held - root * c, held + root * c + max(blocks) * (4 * c + 4), held
         beside = max(root * (c + 4), 4 * adam // shards)
-    else:  # autocast keeps copies of linear layers, of both models while both are in use
+    else:  # autocast keeps copies of linear layers, of the model that learns
         copies = 2 * sum(size(m) for m in model.modules() if isinstance(m, nn.Linear)) * work.bf16
-        gathered, beside = (copies, models * copies, models * copies), 4 * adam
+        gathered, beside = (copies, copies, copies), 4 * adam
     share = 4 * N // shards
     fixed = {"weights": share, "reference": share * (models - 1),
              "optimizer": 4 * (N + adam) // shards}  # fmt: skip
@@ -141,9 +141,9 @@ def batches(work: Work) -> list[tuple[int, int, int]]:
 
 def states(cfg: ModelConfig, work: Work, B: int, S: int) -> tuple:
     """Hidden states (S, D), those of patches (B P, E), the cos of both, and the pixels' bytes.
-    Under autocast alone what decoder layers add to is float32."""
+    What decoder layers add to is float32 always, what blocks of the tower add to is not."""
     half, vision = torch.bfloat16 if work.bf16 else torch.float32, cfg.vision
-    x = torch.empty(S, cfg.hidden_size, dtype=half if work.processes > 1 else torch.float32)
+    x = torch.empty(S, cfg.hidden_size)
     v = torch.empty(B * work.patches, vision.embed_dim, dtype=half)
     turns = (S, cfg.head_dim), (len(v), vision.embed_dim // vision.num_heads)
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2

@@ -23,13 +23,20 @@ FUNCTION = 55  # lines; a train() may have 80
 COLUMNS = 100
 # Lines that hold something, of groups of files that are read for a purpose (LOG.md says why).
 GROUPS = {
-    "the loop, and all that it calls": (4000, (
-        "config", "hub", "worker", "verify", "rewards", "template", "images", "example",
-        "checkpoint",
-        "model", "parallel", "optim", "shards", "rows", "patches", "data", "ahead", "rollout",
-        "journal", "scorers", "evaluate", "report", "grpo",
+    "the algorithm, the model, and what they call": (3150, (
+        "config", "worker", "verify", "rewards", "template", "images", "example", "checkpoint",
+        "model", "parallel", "optim", "patches", "data", "rollout", "deal", "tally", "grpo",
     )),
-    "what comes before it": (1200, ("sft", "chat", "describe", "traces", "pack", "distill")),
+    "data sets and evaluation": (1000, (
+        "hub", "shards", "rows", "ahead", "scorers", "evaluate",
+    )),
+    "a run that survives, and tells what happens": (1650, (
+        "live", "plan", "journal", "saving", "resume", "trackers", "advice", "chart", "report",
+        "logbook",
+    )),
+    "supervised training and distillation": (1250, (
+        "sft", "chat", "describe", "traces", "pack", "distill",
+    )),
     "the laptop's world and studies": (1450, (
         "draw", "world", "scenes", "eye", "tiny", "controls", "paper",
     )),

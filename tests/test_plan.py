@@ -186,20 +186,21 @@ def test_one_process_holds_copies_for_autocast_and_none_in_float32(small):
     rollout = as_rollout(small.prompts, [[[5] * 4] * 2] * 2)
     *_, copies = passes(small.folder, work, lambda model: score(model, rollout)[0].sum())
     assert gathered(small.cfg, processes=1) == [copies] * 3
-    assert gathered(small.cfg, processes=1, beta=0.1) == [copies, 2 * copies, 2 * copies]
+    assert gathered(small.cfg, processes=1, beta=0.1) == [copies] * 3
     assert gathered(small.cfg, processes=1, bf16=False) == [0] * 3
 
 
-def test_the_reference_leaves_copies_too_when_it_scores(small):
-    """Autocast keeps them until it ends, also without gradient."""
-    model = Qwen2VL.from_pretrained(small.folder)
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_reference_leaves_no_copies_where_a_model_that_learns_does(small, learns):
+    """Autocast keeps those of weights that require a gradient until it ends."""
+    model = Qwen2VL.from_pretrained(small.folder).requires_grad_(learns)
     rollout = as_rollout(small.prompts, [[[5] * 4] * 2] * 2)
     with torch.no_grad(), Live() as live, torch.autocast("cpu", torch.bfloat16):
         score(model, rollout)
         held = live.now
         torch.clear_autocast_cache()
         copies = held - live.now
-    assert copies == gathered(small.cfg, processes=1)[0]
+    assert copies == gathered(small.cfg, processes=1)[0] * learns
 
 
 def test_many_processes_gather_all_to_sample_and_by_blocks_to_train(small):
@@ -238,12 +239,13 @@ def test_the_passes_of_grpo_take_what_is_planned(made, bf16, recompute):
     assert_near(sum(parts.values()) - parts["weights"] - parts["optimizer"], peak)
 
 
-def test_beside_other_processes_all_is_bfloat16(made):
-    """fully_shard gathers all weights so: what blocks add to is no longer float32."""
+def test_beside_other_processes_all_weights_are_bfloat16(made):
+    """fully_shard gathers them so; what decoder layers add to is float32, see parallel.shard."""
     work = work_of(made.prompts, 4, 64, bf16=True, recompute=True)
     work = replace(work, prompts=4, processes=2)
     rollout = as_rollout(made.prompts, [[[5] * 64] * 4] * 2)
     model = Qwen2VL.from_pretrained(made.folder, dtype=torch.bfloat16).recompute_blocks()
+    model.model.embed_tokens.register_forward_hook(lambda *call: call[-1].float())
     with Live() as live, autocast(work):
         value = score(model, rollout)[0].sum()
         kept = live.now
