@@ -13,6 +13,8 @@ else
   PY := $(VENV)/bin/python
   READY := $(VENV)/ready
 endif
+# A run that is asked to stop finishes its step and saves; torchrun would wait for that 30 s only.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 600
 RUN := $(PY) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --nproc_per_node=$(GPUS))
 
 ROWS = $(if $(DATA),--data "$(DATA)") $(if $(IMAGES),--images "$(IMAGES)")

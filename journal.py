@@ -30,6 +30,7 @@ from checkpoint import checkpoint_folder
 from data import Prompt
 from hub import is_hub_id
 from images import open_image
+from rewards import score_all
 from rollout import Rollout, sample
 
 
@@ -143,14 +144,16 @@ def log_probes(out: Path, step: int, model, processor, prompts: list[Prompt], re
     """Greedy answers to the same few questions, to probes.jsonl."""
     if not prompts:
         return
-    texts = sample(model, processor, prompts, 1, max_new, temperature=0).texts
+    texts = [text for (text,) in sample(model, processor, prompts, 1, max_new, temperature=0).texts]
+    table = score_all(rewards, texts, [p.example for p in prompts])
+    names = [name for name, _, _ in rewards]
     answers = [
         {
             "problem": p.example.problem, "solution": p.example.solution, "text": text,
             "images": save_images(out, p, f"probe_{i}"),
-            "rewards": {n: f(text, p.example) for n, f, _ in rewards},
+            "rewards": dict(zip(names, values)),
         }
-        for i, (p, (text,)) in enumerate(zip(prompts, texts))
+        for i, (p, text, *values) in enumerate(zip(prompts, texts, *table))
     ]  # fmt: skip
     append(out / "probes.jsonl", {"step": step, "answers": answers})
 
