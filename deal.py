@@ -1,15 +1,16 @@
 """How the work of a step is dealt out: to processes by tokens, then to micro-batches.
 
-Prompts and completions of one step differ in length by factors, and all processes wait for the
-fullest. So after sampling whole groups move from full processes to empty ones. Processes that share
-their weights (parallel.py) must also run the model equally often, on text and on pictures: they
-agree on the number of micro-batches, one that is empty repeats a row with weight 0, and where any
-process has pictures the others run the vision tower on a blank one.
+Prompts and completions of one step differ in length by factors, and processes that share weights
+(parallel.py) wait for each other at every block. So after sampling groups are dealt out anew, by
+their tokens. Such processes must also run the model equally often, on text and on pictures: they
+agree on the number of micro-batches, one that is empty runs a few tokens with weight 0, and where
+any process has pictures the others run the vision tower on a blank one.
 
 None of this changes loss or gradient: both are sums over the step, see grpo.token_weights.
 """
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -28,39 +29,43 @@ def cost(prompt: Prompt, completion: int) -> float:
 
 
 def balance(items: list, costs: list[float]) -> tuple[list, float]:
-    """This process's items after some have moved from full processes to empty ones, and how even
-    the work is now: mean of the processes' costs over the largest. items: anything picklable."""
+    """This process's items after they were dealt out by their costs, the largest first, and how
+    even the work is now: mean of the processes' costs over the largest. items: anything picklable.
+    """
     if parallel.size() == 1:
         return items, 1.0
+    mine = {(parallel.rank(), i): item for i, item in enumerate(items)}
     costs = parallel.gathered(costs)
-    loads, kept, received = [sum(c) for c in costs], dict(enumerate(items)), []
+    loads = [sum(c) for c in costs]
     for source, i, target in moves(costs):
         loads[source] -= costs[source][i]
         loads[target] += costs[source][i]
         if parallel.rank() == source:
-            dist.send_object_list([kept.pop(i)], target)
+            dist.send_object_list([mine.pop((source, i))], target)
         elif parallel.rank() == target:
             got = [None]
             dist.recv_object_list(got, source)
-            received += got
-    return [*kept.values(), *received], sum(loads) / len(loads) / max(1, *loads)
+            mine[source, i] = got[0]
+    order = sorted(mine, key=lambda at: (-costs[at[0]][at[1]], at))
+    return [mine[at] for at in order], sum(loads) / len(loads) / max(1, *loads)
 
 
 def moves(costs: list[list[float]]) -> list[tuple[int, int, int]]:
-    """(from, item, to): which items go where to even out the costs of the processes, by few moves.
-    The fullest gives the emptiest the item nearest to half their difference, while that helps."""
-    loads, found = [sum(c) for c in costs], []
-    left = [dict(enumerate(c)) for c in costs]  # an item moves once: what is received stays
-    while True:
-        high, low = loads.index(max(loads)), loads.index(min(loads))
-        gap = loads[high] - loads[low]
-        fit = {i: abs(c - gap / 2) for i, c in left[high].items() if 0 < c < gap}
-        if not fit or len(left[high]) == 1:
-            return found
-        best = min(fit, key=fit.get)
-        moved = left[high].pop(best)
-        loads[high], loads[low] = loads[high] - moved, loads[low] + moved
-        found.append((high, best, low))
+    """(from, item, to) of the items that change their process. They are dealt out in rounds, the
+    largest first, each round one to every process, and in it the larger to the one that has less:
+    so processes have alike in sum, and at any time work on alike."""
+    items = sorted(((c, p, i) for p, own in enumerate(costs) for i, c in enumerate(own)),
+                   key=lambda item: (-item[0], item[2], item[1]))  # fmt: skip
+    loads, found = [0.0] * len(costs), []
+    for start in range(0, len(items), len(costs)):
+        free = set(range(len(costs)))
+        for cost, source, i in items[start : start + len(costs)]:
+            target = min(free, key=lambda p: (loads[p], p != source, p))
+            free.remove(target)
+            loads[target] += cost
+            if target != source:
+                found.append((source, i, target))
+    return found
 
 
 def parts(n: int, most: int) -> list[list[int]]:
@@ -78,32 +83,35 @@ def pictured(prompts: list[Prompt]) -> bool:
     return any(parallel.gathered(any(len(p.grid) for p in prompts)))
 
 
+def few_tokens(p: Prompt) -> Prompt:
+    """The first four tokens of a prompt: something to run in a micro-batch that is empty."""
+    return replace(p, ids=p.ids[:4], positions=p.positions[:, :4], patches=p.patches[:0],
+                   grid=p.grid[:0], image_at=p.image_at[:0])  # fmt: skip
+
+
 # ------------------------------------------------------------------------------- groups of GRPO
 
 
 def deal_out(rollout: Rollout, adv: Tensor) -> tuple[Rollout, Tensor, float]:
-    """This process's groups, with advantages adv (B, G), after `balance`, and its evenness. The
-    largest come first, so that processes that wait for each other work on like ones."""
+    """This process's groups, with advantages adv (B, G), after `balance`, and its evenness."""
     if parallel.size() == 1:
         return rollout, adv, 1.0
-
-    def cost_of(item):
-        group, _ = item
-        return cost(group.prompts[0], int(group.lengths.sum()))
-
-    items = list(zip(rollout.groups(), adv.cpu().split(1)))
-    items, even = balance(items, [cost_of(item) for item in items])
-    groups, advs = zip(*sorted(items, key=cost_of, reverse=True))
+    groups = rollout.groups()
+    costs = [cost(group.prompts[0], int(group.lengths.sum())) for group in groups]
+    items, even = balance(list(zip(groups, adv.cpu().split(1))), costs)
+    groups, advs = zip(*items)
     return Rollout.join(groups, adv.device), torch.cat(advs).to(adv.device), even
 
 
 def micro_batches(rollout: Rollout, adv: Tensor, mask: Tensor, weights: Tensor, most: int) -> list:
     """[(rollout, advantages (B', G, 1), mask, weights, counted (B', G, T))], `most` prompts in each
-    at most. counted: the tokens that metrics count; none in a group that is only repeated."""
+    at most. counted: the tokens that metrics count; none in a group that is there to be run."""
     pictures, found = pictured(rollout.prompts), []
     for rows in parts(len(rollout.prompts), most):
-        at = rows or [0]
-        part, real = rollout.select(at), bool(rows)
+        at, real = rows or [0], bool(rows)
+        part = rollout.select(at)
+        if not real:
+            part.prompts, part.lengths = [few_tokens(part.prompts[0])], part.lengths.clamp(max=1)
         part.prompts = with_picture(part.prompts) if pictures else part.prompts
         found.append((part, adv[at][..., None], mask[at], weights[at] * real, part.mask & real))
     return found

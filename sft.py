@@ -166,22 +166,20 @@ def targets_of(processor: Processor, prompts: list[Prompt], mask: str) -> tuple[
 def step_loss(model, processor, prompts: list[Prompt], cfg: Config) -> tuple[float, int, float]:
     """Loss of the rows of all processes together, whose gradient is left in the model whatever
     `micro` is; the tokens that it learns, and deal.balance's evenness."""
-    even = 1.0
 
     def cost(prompt):
         return deal.cost(prompt, len(target_ids(processor, completion_of(prompt.example))))
 
-    if parallel.size() > 1:
-        prompts, even = deal.balance(prompts, [cost(p) for p in prompts])
-        prompts = sorted(prompts, key=cost, reverse=True)  # processes in step do alike
+    prompts, even = deal.balance(prompts, [cost(p) for p in prompts])
     targets, count = targets_of(processor, prompts, cfg.mask)
     tokens = int(parallel.total(torch.tensor(count, device=model.device)))
     pictures = deal.pictured(prompts)
     found = torch.zeros((), dtype=torch.float64, device=model.device)
     for rows in deal.parts(len(prompts), cfg.micro):
-        some = [prompts[i] for i in rows or [0]]
+        some = [prompts[i] for i in rows] or [deal.few_tokens(prompts[0])]
         some = with_picture(some) if pictures else some
-        loss = sft_loss(model, some, [targets[i] for i in rows or [0]], tokens, cfg.mask)
+        said = [targets[i] for i in rows] or [targets[0][:1]]
+        loss = sft_loss(model, some, said, tokens, cfg.mask)
         loss = loss if rows else 0 * loss  # as many backwards in every process
         loss.backward()
         found += loss.detach()

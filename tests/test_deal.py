@@ -13,14 +13,13 @@ from example import Example
 from rollout import as_rollout
 
 
-def after(costs):
-    """Loads of the processes after deal.moves(costs)."""
-    loads = [sum(c) for c in costs]
+def dealt(costs):
+    """What each process has after deal.moves(costs)."""
+    found = [dict(enumerate(own)) for own in costs]
     for source, i, target in deal.moves(costs):
         assert source != target
-        loads[source] -= costs[source][i]
-        loads[target] += costs[source][i]
-    return loads
+        found[target][source, i] = found[source].pop(i)
+    return [list(own.values()) for own in found]
 
 
 def test_a_patch_costs_two_fifths_of_a_token():
@@ -28,23 +27,25 @@ def test_a_patch_costs_two_fifths_of_a_token():
     assert deal.cost(prompt, 30) == 100 + 30 + 20
 
 
-def test_items_move_from_the_fullest_to_the_emptiest():
-    assert deal.moves([[5, 5, 2], [4]]) == [(0, 0, 1)] and after([[5, 5, 2], [4]]) == [7, 9]
-    assert deal.moves([[10], [1]]) == []  # a process keeps one
+def test_items_are_dealt_out_in_rounds_the_largest_first():
+    """9, 8 are the first round, 5, 4 the second, in which who has less gets more; 1 is left."""
+    assert [sorted(own) for own in dealt([[1, 9, 5], [8, 4]])] == [[1, 4, 9], [5, 8]]
+    assert deal.moves([[10], [1]]) == []
     assert deal.moves([[3, 3], [3, 3]]) == []
-    assert after([[8, 1, 1], [2]]) == [8, 4]
-    assert sorted(after([[6, 6, 6, 6], [1], [1]])) == [7, 7, 12]
 
 
-def test_moves_never_make_it_worse_and_end():
+def test_dealing_evens_out_and_loses_nothing():
     rng = torch.Generator().manual_seed(0)
     for _ in range(50):
-        costs = [torch.randint(1, 900, (n,), generator=rng).tolist() for n in (4, 4, 3, 5)]
-        loads = [sum(c) for c in costs]
-        moved = [(source, i) for source, i, _ in deal.moves(costs)]
-        assert len(set(moved)) == len(moved)  # each item once
-        assert max(after(costs)) <= max(loads) and sum(after(costs)) == sum(loads)
-        assert max(after(costs)) <= sum(loads) / 4 + 900 / 2  # half of a largest item above even
+        costs = [torch.randint(100, 900, (n,), generator=rng).tolist() for n in (4, 4, 3, 5)]
+        found, every = dealt(costs), sorted(sum(costs, []))  # noqa: RUF017
+        assert sorted(sum(found, [])) == every  # noqa: RUF017
+        assert {len(own) for own in found} == {4}
+        # Processes that wait for each other at every item: rounds of the largest, the next, …
+        rounds = sum(max(each) for each in zip(*(sorted(own, reverse=True) for own in found)))
+        assert rounds == sum(every[::-1][::4])
+        loads = [sum(own) for own in found]
+        assert max(loads) - min(loads) <= max(every) - min(every)
 
 
 def test_every_row_is_in_one_part_and_parts_are_alike():
@@ -69,7 +70,7 @@ def rollout(tmp_path_factory):
     return as_rollout(prompts, [[[5, 6, 7], [8]], [[9], [5, 5]], [[6], [7]]])
 
 
-def test_an_empty_micro_batch_repeats_a_group_that_counts_for_nothing(monkeypatch, rollout):
+def test_an_empty_micro_batch_runs_a_few_tokens_that_count_for_nothing(monkeypatch, rollout):
     monkeypatch.setattr(parallel, "gathered", lambda n: [n, 5] if type(n) is int else [n])
     weights = torch.rand(rollout.mask.shape)
     micros = deal.micro_batches(rollout, torch.ones(3, 2), rollout.mask, weights, 1)
@@ -82,6 +83,7 @@ def test_an_empty_micro_batch_repeats_a_group_that_counts_for_nothing(monkeypatc
         assert torch.equal(counted[0], rollout.mask[b])
     for part, _, _, w, counted in (m for m in micros if not m[4].any()):
         assert len(part.prompts) == 1 and not w.any() and not counted.any()
+        assert len(part.prompts[0].ids) == 4 and part.lengths.tolist() == [[1, 1]]
 
 
 def test_groups_and_join_are_inverse(rollout):
