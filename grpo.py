@@ -289,7 +289,7 @@ def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNames
         needs = memory_plan(cfg, start, processor, rows, evals)
         announce(needs, device, cfg, len(rows), cfg.steps, cfg.prompts)
     run = open_run(cfg, cfg.steps)
-    state = run.numbers or {"step": 0, "drawn": 0, "rows": len(rows), "start": start}
+    state = run.numbers or {"step": 0, "drawn": 0, "bad": 0, "rows": len(rows), "start": start}
     shard = partial(parallel.shard, device=device, bf16=cfg.bf16, group=cfg.shard_group)
     load = partial(Qwen2VL.from_pretrained, device=device, shard=shard)
     with parallel.agreed():
@@ -312,13 +312,13 @@ def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNames
 
 def train(cfg: Config) -> dict:
     """The box of DeepSeekMath, Algorithm 1; its lines stand where they are done. -> the summary"""
-    device, seconds, bad = parallel.start(), Seconds(), 0  # bad: steps in a row without an update
+    device, seconds = parallel.start(), Seconds()
     half = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=cfg.bf16)
     with Stop(cfg.must_save_by) as stop:
         # 1: initial policy model    3: reference model
         with seconds("setup"), parallel.told():
             run = setup(cfg, device, seconds, stop)
-        policy, rewards, book = run.policy, run.rewards, run.book
+        policy, rewards, book, state = run.policy, run.rewards, run.book, run.book.state
         names, main_process = [name for name, _, _ in rewards], parallel.rank() == 0
 
         def probe(step):
@@ -334,9 +334,8 @@ def train(cfg: Config) -> dict:
                 if (step - 1) % cfg.probe_every == 0:
                     probe(step - 1)
                 # 5: sample a batch    7: sample G outputs for each question    8: compute rewards
-                drawn = book.state["drawn"]
-                rollout, table, drawn = sample_batch(policy, run.ahead, rewards, drawn, cfg)
-                book.state["drawn"] = drawn
+                rollout, table, state["drawn"] = sample_batch(policy, run.ahead, rewards,
+                                                              state["drawn"], cfg)
             # 9: compute the advantages through group relative estimation
             adv = group_advantages(reward := total_reward(table, rewards), cfg.advantage).to(device)
             with seconds("update"), half():
@@ -347,11 +346,11 @@ def train(cfg: Config) -> dict:
                 if main_process and (step == 1 or step % cfg.probe_every == 0):
                     journal.log_rollout(book.out, step, rollout, names, table, reward, adv)
             tokens = found.pop("tokens")
+            state["bad"] = state["bad"] + 1 if found["skipped"] == cfg.updates_per_batch else 0
             book.end(step, {"lr": lr, **step_metrics(rollout, table, rewards), **found,
-                            "drawn": drawn, "rows_skipped": run.skipped},
+                            "drawn": state["drawn"], "rows_skipped": run.skipped},
                      cfg.prompts * cfg.group, tokens)
-            bad = bad + 1 if found["skipped"] == cfg.updates_per_batch else 0
-            if bad == 5:
+            if state["bad"] == 5:  # steps in a row without an update
                 raise SystemExit(f"step {step}: no finite update in 5 steps, all were skipped. "
                                  "Try a smaller --lr or --max_grad_norm, or --bf16 false.")
         run.ahead.close()

@@ -519,7 +519,8 @@ def error_of_start(cfg) -> str | None:
 def test_two_processes_write_one_run_and_end_after_the_same_step(tmp_path):
     """Only the second one hears the signal; only the first cannot write."""
     (tmp_path / "two.py").write_text(TWO)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+           "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
     out = tmp_path / "run"
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                     "--nproc_per_node=2", "two.py", str(ROOT / "tests"), str(out)],

@@ -5,9 +5,6 @@ Everything runs on a random checkpoint that transformers wrote (tests/tiny_check
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -332,28 +329,6 @@ def test_recomputing_blocks_changes_nothing_but_memory(folder, data, tmp_path):
         more = ["--recompute", name, "--max_length", 200, "--out", tmp_path / name]
         losses.append(sft.main([str(word) for word in (*words, *more)])["nll"])
     assert losses[0] == losses[1]
-
-
-def test_two_processes_learn_what_one_does(folder, data, tmp_path):
-    """Seven rows a step for two processes; weights after three steps are equal to 1e-5."""
-    words = [sys.executable, "sft.py", "--model", folder, "--data", data, "--steps", "3"]
-    words += ["--batch", "7", "--micro", "2", "--lr", "1e-3", "--held_out", data]
-    states = []
-    for n in (1, 2):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-        out = ["--probes", "0", "--out", tmp_path / f"run{n}"]
-        line = [words[0], *torchrun * (n > 1), *words[1:], *out]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(list(map(str, line)), cwd=ROOT, check=True, env=environment, timeout=120,
-                       capture_output=True)  # fmt: skip
-        model = Qwen2VL.from_pretrained(newest_checkpoint(str(tmp_path / f"run{n}")))
-        metrics = (tmp_path / f"run{n}" / "metrics.jsonl").read_text().splitlines()
-        states.append((model.state_dict(), [json.loads(line) for line in metrics]))
-    (one, first), (two, second) = states
-    assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
-    for a, b in zip(first, second):
-        assert (a["nll"], a["lr"]) == pytest.approx((b["nll"], b["lr"]), abs=1e-5)
-    assert first[-1]["held_out_nll"] == pytest.approx(second[-1]["held_out_nll"], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Several runs one after another in the same processes, which start but once, and their gradients.
 
-    python -m torch.distributed.run --standalone --nproc_per_node=2 tests/many_runs.py runs.json
+    python -m torch.distributed.run --standalone --nproc_per_node=2 tests/gradients.py runs.json
 
 runs.json: [["grpo" or "sft", [words of the command line]], ...]
 """
