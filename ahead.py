@@ -75,7 +75,8 @@ def set_up(processor: Processor, examples, max_prompt) -> None:
     """What a worker does first. Several of them share the cores, so each has one thread."""
     global work_with
     work_with = processor, examples, max_prompt
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which closes it
+    os.setpgrp()  # Ctrl-C, and what torchrun sends, are for the trainer, which closes it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     threading.Thread(target=end_with_parent, daemon=True).start()
 

@@ -33,13 +33,14 @@ import journal
 import parallel
 import plan
 import trackers
+import worker
 from ahead import Ahead
 from checkpoint import read_config
 from config import opt, parse
 from data import Processor, without_long
 from evaluate import load_evals
 from journal import Seconds
-from logbook import Logbook, announce
+from logbook import Logbook, announce, check_room
 from model import Qwen2VL
 from optim import apply_gradients, draw_rows, make_optimizers, schedule, set_lr
 from resume import Stop, open_run, take_up
@@ -117,6 +118,7 @@ class Config:
     must_save_by: float | None = opt(None, "minutes after which the run is saved and ends", above=0)
     trackers: tuple[str, ...] = opt((), "wandb, tensorboard: where metrics go as well")
     dry_run: bool = opt(False, "only say what the run will take")
+    check_memory: bool = opt(True, "refuse a run that the plan says does not fit; else only say so")
 
     def check(self):
         """ValueError for what no single key can say."""
@@ -197,6 +199,7 @@ def sample_batch(model, ahead: Ahead, rewards, drawn, cfg):
     prompts, `dynamic_sampling` times at most; what is still without signal then stays in.
     """
     first, count = parallel.share(cfg.prompts)
+    worker.counted()  # from here on
     rollout = sample_groups(model, ahead, drawn + first, count, cfg)
     drawn += cfg.prompts
     table = reward_table(rollout, rewards)
@@ -229,6 +232,7 @@ def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
             return [score(policy, p[0], cfg.temperature, banned)[0] for p in parts]
 
     refs = frozen(reference) if reference else [None] * len(parts)
+    parallel.release(reference)
     olds = frozen(model) if cfg.updates_per_batch > 1 else [None] * len(parts)
     skipped = 0
     for _ in range(cfg.updates_per_batch):
@@ -274,6 +278,7 @@ def memory_plan(cfg: Config, start, processor, examples, evals) -> plan.Plan:
 def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNamespace:
     """All that a run reads, checked before anything is written: the memory that it will take, the
     run's folder (new, or one to go on with), policy, optimizers and reference (lines 1 and 3)."""
+    shard = parallel.sharder(device, cfg.bf16, cfg.shard_group)
     with parallel.agreed():
         if cfg.prompts < parallel.size():
             raise ValueError(f"prompts {cfg.prompts}: fewer than the {parallel.size()} processes")
@@ -289,8 +294,8 @@ def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNames
         needs = memory_plan(cfg, start, processor, rows, evals)
         announce(needs, device, cfg, len(rows), cfg.steps, cfg.prompts)
     run = open_run(cfg, cfg.steps)
+    check_room(needs, run, cfg, cfg.steps)
     state = run.numbers or {"step": 0, "drawn": 0, "bad": 0, "rows": len(rows), "start": start}
-    shard = partial(parallel.shard, device=device, bf16=cfg.bf16, group=cfg.shard_group)
     load = partial(Qwen2VL.from_pretrained, device=device, shard=shard)
     with parallel.agreed():
         policy = load(run.checkpoint or start)
@@ -361,7 +366,7 @@ def train(cfg: Config) -> dict:
 
 def main(argv=None) -> dict:
     cfg = parse(Config, argv, __doc__)
-    with parallel.together():
+    with parallel.together(), parallel.told(OSError):
         return train(cfg)
 
 

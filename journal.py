@@ -113,7 +113,9 @@ def save_images(out: Path, prompt: Prompt, name: str) -> list[str]:
         paths.append(f"images/{name}_{i}.png")
         if not (out / paths[-1]).exists():
             (out / "images").mkdir(exist_ok=True)
-            Image.fromarray(open_image(image)).save(out / paths[-1])
+            part = out / f"{paths[-1]}.tmp"
+            Image.fromarray(open_image(image)).save(part, format="PNG")
+            part.replace(out / paths[-1])
     return paths
 
 

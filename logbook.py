@@ -11,6 +11,7 @@ A row of metrics goes to metrics.jsonl, to the trackers that were asked for, and
 which is written anew every minute; where the rows show trouble, the console says what to try.
 """
 
+import math
 import os
 import sys
 import time
@@ -30,24 +31,38 @@ import trackers
 from advice import advice
 from config import to_dict
 from evaluate import evaluate_all, print_summary
-from journal import Seconds, append, peak_memory_gb, write_json
+from journal import Seconds, append, peak_memory_gb, steps_of, write_json
 from resume import Run, Stop
 
-REFRESH = 60  # seconds between two versions of the report
+REFRESH = 60  # seconds between two versions of the report; more where writing it takes long
 
 
 def announce(found: plan.Plan, device: str, cfg, rows: int, steps: int, batch: int) -> None:
     """Prints what a run will take, and ends it there if it is a dry run. ValueError where it cannot
-    fit into memory or on the disk, before anything was read or written."""
+    fit into memory, before a weight was read."""
     limit = plan.memory_of(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if parallel.rank() == 0:
-        print(f"{steps} steps of {batch} rows, {steps * batch / rows:.2f} epochs of {rows}; "
-              f"{parallel.size()} processes, {device.split(':')[0]}\n{plan.text(found, limit)}",
-              flush=True)  # fmt: skip
-    plan.check(found, limit)
-    plan.check_disk(found, cfg.out)
+        told = f"{steps} steps of {batch} rows, {steps * batch / rows:.2f} epochs of {rows}; "
+        told += f"{parallel.size()} process{'es' * (parallel.size() > 1)}, {device.split(':')[0]}"
+        print(told, plan.text(found, limit), sep="\n", flush=True)
+    try:
+        plan.check(found, limit)
+    except ValueError as error:
+        if cfg.check_memory and not cfg.dry_run:
+            raise ValueError(f"{error}; or --check_memory false, if you know better") from error
+        if parallel.rank() == 0:
+            print(f"warning: {error}", file=sys.stderr)
     if cfg.dry_run:
         raise SystemExit(0)
+
+
+def check_room(found: plan.Plan, run: Run, cfg, steps: int) -> None:
+    """ValueError, in all processes, where the run's disk has no room for the checkpoints that are
+    yet to come: those that stay, and the new one, which is there before an old one goes."""
+    every = math.ceil(steps / cfg.save_every)
+    stay = every if cfg.keep is None else cfg.keep + 1 + bool(cfg.eval_saves and cfg.evals)
+    with parallel.agreed():
+        plan.check_disk(found, run.out, max(1, min(every, stay) - len(steps_of(run.out))))
 
 
 class Logbook:
@@ -65,7 +80,7 @@ class Logbook:
         self.optimizers, self.state, self.shown = optimizers, state, shown
         self.first, self.last, self.rows = parallel.rank() == 0, False, deque(maxlen=100)
         self.half = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=cfg.bf16)
-        self.resumed, self.written, self.trackers = state["step"] > 0, time.monotonic(), []
+        self.resumed, self.next_page, self.trackers = state["step"] > 0, time.monotonic(), []
         seconds.start -= state.get("seconds", 0.0)  # those of before count too
         if self.first:
             self.trackers = trackers.open_trackers(cfg.trackers, run.out, to_dict(cfg),
@@ -99,7 +114,8 @@ class Logbook:
         """Of a step, with its metrics and what all processes did in it."""
         state, cfg = self.state, self.cfg
         saves = step == self.total or step % cfg.save_every == 0
-        if saves and cfg.eval_saves and self.evals and step < self.total:
+        self.last = self.stop.asked(self.seconds.last.get("save"))
+        if saves and cfg.eval_saves and self.evals and step < self.total and not self.last:
             found = {k: v["accuracy"] for k, v in self.score(f"step_{step:06d}").items()}
             row |= {f"eval/{name}": accuracy for name, accuracy in found.items()}
             mean = sum(found.values()) / len(found)
@@ -112,11 +128,14 @@ class Logbook:
                 "tokens_per_second": tokens / lap["all"],
                 "memory_gb": max(parallel.gathered(peak_memory_gb())),
                 "seconds": self.seconds.since_start()}  # fmt: skip
-        self.bar.set_postfix({k: f"{row[k]:.2f}" for k in self.shown})
+        shares = {name: f"{spent / lap['all']:.0%}" for name, spent in lap.items()
+                  if name != "all" and spent > 0.01 * lap["all"]}  # fmt: skip
+        told = {k: f"{row[k]:.2f}" for k in self.shown} | shares
+        told |= {"tok/s": f"{row['tokens_per_second']:.0f}", "GB": f"{row['memory_gb']:.1f}"}
+        self.bar.set_postfix(told, refresh=False)
         with self.seconds("log"), parallel.told():
             if self.first:
                 self.write({"step": step, **row})
-        self.last = self.stop.asked(self.seconds.last.get("save"))
         if saves or self.last:
             state |= {"step": step, "seconds": self.seconds.since_start()}
             with self.seconds("save"), parallel.told():
@@ -134,9 +153,10 @@ class Logbook:
         self.rows.append(row)
         if said := advice(list(self.rows)):
             tqdm.write(said, file=sys.stderr)
-        if time.monotonic() - self.written > REFRESH:
+        if time.monotonic() > self.next_page:
+            begin = time.monotonic()
             report.write(self.out, running=True)
-            self.written = time.monotonic()
+            self.next_page = max(begin + REFRESH, begin + 50 * (time.monotonic() - begin))
 
     def close(self, **more) -> dict:
         """Evaluates the end; the summary, which is also summary.json, with `more` in it."""

@@ -4,6 +4,7 @@ Sources: Loshchilov and Hutter 2017, "Decoupled weight decay regularization" (ar
 Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; torch.optim has both.
 """
 
+import inspect
 import math
 
 import numpy as np
@@ -34,6 +35,9 @@ def make_optimizers(model, kind: str, lr: float, weight_decay: float = 0.0) -> l
     return found
 
 
+SETTINGS = inspect.signature(torch.optim.Muon).parameters.keys() - {"params"}
+
+
 class Muon(torch.optim.Muon):
     """torch.optim.Muon, which needs whole matrices: one that is shared out among processes is
     gathered, with gradient and momentum, for its step. Each process then does all of that work."""
@@ -41,7 +45,6 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self):
         """One step; a weight without a gradient stays."""
-        settings = self.defaults.keys()
         for group in self.param_groups:
             if not any(isinstance(p, DTensor) for p in group["params"]):
                 super().step()
@@ -49,7 +52,7 @@ class Muon(torch.optim.Muon):
             for p in (p for p in group["params"] if p.grad is not None):
                 whole = torch.nn.Parameter(full(p))
                 whole.grad = full(p.grad)
-                one = torch.optim.Muon([whole], **{k: group[k] for k in settings})
+                one = torch.optim.Muon([whole], **{k: v for k, v in group.items() if k in SETTINGS})
                 if self.state[p]:
                     one.state[whole]["momentum_buffer"] = full(self.state[p]["momentum_buffer"])
                 one.step()

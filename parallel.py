@@ -18,8 +18,10 @@ backwards; deal.py sees to that.
 import os
 import threading
 import time
+import uuid
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -51,9 +53,10 @@ def start() -> str:
         # longest that one process may keep the others waiting: it writes a checkpoint.
         me, others = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         keeps = me == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        START["name"] = agree_on_name(place := connect(keeps), me, others)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30),
-            store=store(keeps), rank=me, world_size=others,
+            store=dist.PrefixStore(START["name"], place), rank=me, world_size=others,
         )  # fmt: skip
         if size() > 1:
             threading.Thread(target=watch, args=(store(),), daemon=True).start()
@@ -115,12 +118,13 @@ def agreed():
 
 
 @contextmanager
-def told():
-    """Where a person's mistake or a disk ends the run (ValueError, OSError), its message is said
-    instead of a traceback; once, if all processes know of it."""
+def told(*kinds):
+    """Where a person's mistake or a disk ends the run (default ValueError and OSError), its message
+    is said instead of a traceback; once, if all processes know of it."""
+    kinds = kinds or (ValueError, OSError)
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         silent = isinstance(error, Agreed) and rank() > 0
         raise SystemExit(1 if silent else f"error: {error}") from error
 
@@ -128,21 +132,27 @@ def told():
 # ---------------------------------------------------------------------------------------- weights
 
 
-def shard(model, device: str, bf16: bool = False, group: int | None = None):
-    """The model with its weights shared out (fully_shard over vision blocks, decoder layers and the
-    root); itself on one process. group: processes that share a copy, default all (HSDP if fewer).
-    A model on the meta device stays there: Qwen2VL.from_pretrained then reads each weight and keeps
-    a slice. ValueError for a group that does not divide the processes."""
+def sharder(device: str, bf16: bool = False, group: int | None = None):
+    """What shares out the weights of a model among the processes; None on one process. group:
+    processes that share a copy, default all (HSDP if fewer); ValueError, in all processes, for one
+    that does not divide them. All call it, since groups are made by all; what it gives waits for
+    no other process."""
     if size() == 1:
-        return model
+        return None
     group = group or size()
     if size() % group:
-        raise ValueError(f"shard_group {group}: must divide the {size()} processes")
+        raise Agreed(f"shard_group {group}: must divide the {size()} processes")
     kind, shape = device.split(":")[0], (size() // group, group)
     mesh = init_device_mesh(kind, shape, mesh_dim_names=("copy", "shard"))
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32,
                                   cast_forward_inputs=False)
-    how = {"mesh": mesh if shape[0] > 1 else mesh["shard"], "mp_policy": policy}
+    return partial(shard, mesh=mesh if shape[0] > 1 else mesh["shard"], mp_policy=policy)
+
+
+def shard(model, **how):
+    """The model with its weights shared out: fully_shard over vision blocks, decoder layers and the
+    root. One on the meta device stays there; Qwen2VL.from_pretrained then reads each weight and
+    keeps a slice."""
     for block in (*model.visual.blocks, *model.model.layers):
         fully_shard(block, **how)
     fully_shard(model, **how)
@@ -177,6 +187,12 @@ def full_state_dict(model) -> dict[str, Tensor]:
     return found
 
 
+def release(model) -> None:
+    """Lets go of the root's gathered weights, which a forward without a backward keeps."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 @contextmanager
 def whole_weights(*models):
     """Inside, each process has all weights of the models and may run them without the others."""
@@ -199,7 +215,7 @@ def whole_weights(*models):
 
 # ------------------------------------------------------------------------------- life and death
 
-FINISHED = threading.Event()
+FINISHED, START = threading.Event(), {"name": ""}
 
 
 @contextmanager
@@ -213,7 +229,7 @@ def together():
         done = isinstance(error, SystemExit) and not error.code
         if size() > 1 and not done:
             with suppress(RuntimeError):
-                store().set("died", f"process {rank()} failed: {error!r:.2000}")
+                store().compare_set("died", "", f"process {rank()} failed: {error!r:.2000}")
         raise
     finally:
         FINISHED.set()
@@ -221,14 +237,47 @@ def together():
             dist.destroy_process_group()
 
 
-def store(keeps: bool = False) -> dist.Store:
-    """A connection to the store at which the processes meet, tell that they are alive, and what
-    ended them. torchrun keeps it, else the first process (`keeps`). Each start has names of its
-    own: torchrun 2.13 leaves those of the last there, with addresses at which nobody answers."""
+def connect(keeps: bool = False) -> dist.TCPStore:
+    """A connection to the store at which the processes meet. torchrun keeps it, else the first
+    process (`keeps`)."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    found = dist.TCPStore(address, port, is_master=keeps, timeout=timedelta(minutes=5),
-                          wait_for_workers=False)  # fmt: skip
-    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", found)
+    return dist.TCPStore(address, port, is_master=keeps, timeout=timedelta(minutes=5),
+                         wait_for_workers=False)  # fmt: skip
+
+
+def store() -> dist.Store:
+    """A connection of its own, to tell that one is alive, and what ended it."""
+    return dist.PrefixStore(START["name"], connect())
+
+
+def agree_on_name(place: dist.Store, me: int, others: int, minutes: float = 10) -> str:
+    """A name that the processes of this start agree on, and no earlier start had: torchrun 2.13
+    leaves what was in the store there when it starts them again, addresses at which nobody answers
+    too, and the machines do not count starts alike. The first process answers what each of the
+    others asks with a word of its own, until each says that it has heard."""
+    mine, until = uuid.uuid4().hex, time.monotonic() + 60 * minutes
+
+    def read(key: str) -> str:
+        return place.get(key).decode() if place.check([key]) else ""
+
+    waits = set(range(1, others)) if me == 0 else {me}
+    if me > 0:
+        place.set(f"asks {me}", mine)
+    while waits and time.monotonic() < until:
+        for p in list(waits):
+            answer = read(f"answer {p}")
+            if me > 0 and answer.startswith(mine):
+                place.set(f"heard {p}", answer)
+                return answer.removeprefix(mine)
+            if me == 0 and (word := read(f"asks {p}")) and answer != word + mine:
+                place.set(f"answer {p}", word + mine)
+            if me == 0 and word and read(f"heard {p}") == word + mine:
+                waits.remove(p)
+        time.sleep(0.05)
+    if waits:
+        raise SystemExit(f"error: process {me} waited {minutes:g} minutes in vain for "
+                         f"{sorted(waits) if me == 0 else 'the first one'}")
+    return mine
 
 
 def watch(store: dist.Store) -> None:
@@ -242,7 +291,8 @@ def watch(store: dist.Store) -> None:
             if now != last:
                 last, at = now, time.monotonic()
             if time.monotonic() - at > SILENT:
-                store.set("died", f"process {other} gave no sign of life for {SILENT} s")
+                store.compare_set("died", "", f"process {other} gave no sign of life for "
+                                  f"{SILENT} s")  # the first to say why is right
             if store.check(["died"]):
                 end(store.get("died").decode())
     except RuntimeError as error:  # its machine has gone

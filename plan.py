@@ -252,7 +252,7 @@ def text(plan: Plan, limit: int) -> str:
     for part, row in rows.items():
         cells = (f"{n / unit:.1f}" if n else "-" for n in row)
         lines.append(f"  {part:24}" + "".join(f"{cell:>10}" for cell in cells))
-    lines[-1] += f"   of {limit / unit:.1f} {name}"
+    lines[-1] += f"   of {gb(limit)}"
     shards = work.shards or work.processes
     told = (f"{plan.weights:,} weights, 1/{shards} of them in each process" if shards > 1 else
             f"{plan.weights:,} weights")  # fmt: skip
@@ -298,7 +298,7 @@ def changes(work: Work) -> dict[str, Work]:
     return {told: other for told, keys in found.items() if (other := replace(work, **keys)) != work}
 
 
-def check_disk(plan: Plan, out: str, checkpoints: int = 2) -> None:
+def check_disk(plan: Plan, out: str, checkpoints: int) -> None:
     """ValueError where the disk of the folder `out`, which need not be there yet, has no room for
     so many checkpoints: an old one goes when the new one is whole."""
     there = next(p for p in (Path(out).resolve(), *Path(out).resolve().parents) if p.exists())

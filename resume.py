@@ -44,6 +44,7 @@ FREE = {
     "out", "steps", "epochs", "note", "workers", "micro", "micro_prompts", "recompute",
     "shard_group", "save_every", "keep", "must_save_by", "resume", "dry_run", "probes",
     "probe_every", "eval_every", "eval_saves", "trackers", "reward_seconds", "reward_memory",
+    "check_memory",
 }  # fmt: skip
 
 
@@ -176,6 +177,7 @@ def go_on(out: Path, cfg) -> Run:
     checkpoint = found[-1] if found else None
     numbers = progress(checkpoint) if checkpoint else None
     cut_back(out, numbers["journals"] if numbers else {})
+    (out / "summary.json").unlink(missing_ok=True)  # of fewer steps
     write_json(to_dict(replace(cfg, out=str(out))), out / "config.json")
     print(f"goes on from {checkpoint}" if checkpoint else
           f"{out} was ended before its first checkpoint; it starts over", file=sys.stderr)
@@ -233,8 +235,8 @@ class Stop:
     def hear(self, number: int, frame) -> None:
         """What a signal does."""
         name, now = signal.Signals(number).name, time.monotonic()
-        if not self.reason:
-            self.reason, self.heard = name, now
+        if not self.heard:
+            self.reason, self.heard = self.reason or name, now
             if not self.waits:
                 self.end(f"{name}: ended")
             say(f"{name}: the run ends after this step, when it is saved; Ctrl-C ends it at once")

@@ -34,7 +34,9 @@ def scaled_logits(hidden: Tensor, head: Tensor, temperature: float, banned: Tens
 
     hidden (S, D), head (V, D), banned (n,) token ids that get probability 0.
     """
-    logits = F.linear(hidden, head.to(hidden.dtype)).float() / temperature
+    # A gathered bfloat16 head stays so: as float32 it would be copied for each token sampled.
+    low = min(hidden.dtype, head.dtype, key=lambda dtype: dtype.itemsize)
+    logits = F.linear(hidden.to(low), head.to(low)).float() / temperature
     return logits.index_fill(-1, banned, -torch.inf)
 
 

@@ -40,7 +40,7 @@ from data import Processor, Prompt, collate, with_picture, without_long
 from evaluate import load_evals
 from example import Example
 from journal import Seconds
-from logbook import Logbook, announce
+from logbook import Logbook, announce, check_room
 from model import Layout, Qwen2VL
 from optim import apply_gradients, draw_rows, make_optimizers, schedule, set_lr
 from resume import Stop, open_run, take_up
@@ -99,6 +99,7 @@ class Config:
     must_save_by: float | None = opt(None, "minutes after which the run is saved and ends", above=0)
     trackers: tuple[str, ...] = opt((), "wandb, tensorboard: where metrics go as well")
     dry_run: bool = opt(False, "only say what the run will take")
+    check_memory: bool = opt(True, "refuse a run that the plan says does not fit; else only say so")
 
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -187,13 +188,13 @@ def step_loss(model, processor, prompts: list[Prompt], cfg: Config) -> tuple[flo
 
 
 def fit(model, processor, examples: Sequence[Example], cfg: Config, title="sft", optimizers=None,
-        numbers: Iterable[int] | None = None) -> Iterator[dict]:
+        numbers: Iterable[int] | None = None, bad: int = 0) -> Iterator[dict]:
     """Learns the examples in the order of cfg.seed; yields a row of metrics after each step.
 
     optimizers: default new ones. numbers of the steps to do: default all. A step whose loss or
-    gradient is not finite is skipped; ValueError after five in a row.
+    gradient is not finite is skipped; ValueError after five in a row, of which there were `bad`.
     """
-    steps, bad = number_of_steps(cfg, len(examples)), 0
+    steps = number_of_steps(cfg, len(examples))
     warmup = round(cfg.warmup * steps) if cfg.warmup < 1 else int(cfg.warmup)
     optimizers = optimizers or make_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
     first, count = parallel.share(cfg.batch)
@@ -253,6 +254,7 @@ def memory_plan(cfg: Config, start, processor, rows, evals) -> plan.Plan:
 def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNamespace:
     """All that a run reads, checked before anything is written: the memory that it will take, the
     run's folder (new, or one to go on with), model and optimizers."""
+    shard = parallel.sharder(device, cfg.bf16, cfg.shard_group)
     with parallel.agreed():
         if not cfg.data:
             raise ValueError("data: which rows? --data d/sft, rows.jsonl, or a hub id "
@@ -275,8 +277,8 @@ def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNames
         needs = memory_plan(cfg, start, processor, rows, evals)
         announce(needs, device, cfg, len(rows), steps, cfg.batch)
     run = open_run(cfg, steps)
-    state = run.numbers or {"step": 0, "rows": len(rows)}
-    shard = partial(parallel.shard, device=device, bf16=cfg.bf16, group=cfg.shard_group)
+    check_room(needs, run, cfg, steps)
+    state = run.numbers or {"step": 0, "bad": 0, "rows": len(rows)}
     with parallel.agreed():
         model = Qwen2VL.from_pretrained(run.checkpoint or start, device=device, shard=shard)
         model = model.recompute_blocks() if cfg.recompute else model
@@ -316,10 +318,11 @@ def train(cfg: Config) -> dict:
         if "first" not in book.state:
             book.state["first"] = measure(0)
         learnt = fit(model, processor, run.rows, cfg, optimizers=run.optimizers,
-                     numbers=book.steps("sft"))  # fmt: skip
+                     numbers=book.steps("sft"), bad=book.state["bad"])  # fmt: skip
         with parallel.told():
             for row in learnt:
                 step, tokens = row["step"], row.pop("tokens")
+                book.state["bad"] = book.state["bad"] + 1 if row["skipped"] else 0
                 if step % cfg.eval_every == 0 or step == run.steps:
                     row |= measure(step)
                 book.state["end"] = {k: row.get(k) for k in ("nll", "held_out_nll")}
@@ -331,7 +334,7 @@ def train(cfg: Config) -> dict:
 
 def main(argv=None) -> dict:
     cfg = parse(Config, argv, __doc__)
-    with parallel.together():
+    with parallel.together(), parallel.told(OSError):
         return train(cfg)
 
 

@@ -36,7 +36,7 @@ def has_signal(reward: Tensor) -> Tensor:
 
 def step_metrics(rollout: Rollout, table: Tensor, rewards: list) -> dict:
     """What the samples of all processes say; shares are over completions, no_signal over groups.
-    reward_killed and reward_failed count since the last call."""
+    reward_killed and reward_failed are over completions and functions, since worker.counted()."""
     mine = (table.transpose(0, 1), rollout.lengths.cpu().float(), rollout.finished.cpu())
     everyone = parallel.gathered((*mine, worker.counted()))
     table, lengths, finished = (torch.cat(x) for x in list(zip(*everyone))[:3])
@@ -52,8 +52,8 @@ def step_metrics(rollout: Rollout, table: Tensor, rewards: list) -> dict:
         "reward_std": float(reward.std(1).nanmean()),
         "no_signal": float((~has_signal(reward)).float().mean()),
         "no_reward": float(reward.isnan().float().mean()),
-        "reward_killed": sum(counts["killed"] for *_, counts in everyone) / reward.numel(),
-        "reward_failed": sum(counts["failed"] for *_, counts in everyone) / reward.numel(),
+        "reward_killed": sum(counts["killed"] for *_, counts in everyone) / table.numel(),
+        "reward_failed": sum(counts["failed"] for *_, counts in everyone) / table.numel(),
         "length/mean": float(lengths.mean()),
         "length/min": float(lengths.min()),
         "length/max": float(lengths.max()),

@@ -38,7 +38,7 @@ def test_on_one_process_every_function_is_the_identity():
     assert parallel.share(7) == (0, 7)
     assert parallel.total(x) is x
     assert parallel.gathered("item") == ["item"]
-    assert parallel.shard(model, "cpu") is model
+    assert parallel.sharder("cpu") is None
     assert parallel.full(x) is x
     assert parallel.full_state_dict(model)["weight"].data_ptr() == model.weight.data_ptr()
     with parallel.whole_weights(model):
@@ -80,6 +80,8 @@ RUNS = {  # name: program, keys
     "sft prompts": ("sft", {"mask": "all", "micro": 1, "optimizer": "muon"}),
     "sft text": ("sft", {"data": "text.jsonl", "batch": 3}),
 }
+ON = {"optimizer": "muon", "schedule": "constant", "save_every": 1}
+RUNS["to be gone on with"] = ("grpo", ON)
 HALF = {"bfloat16": ("grpo", {"bf16": "true"}), "sft bfloat16": ("sft", {"bf16": "true"})}
 
 
@@ -101,9 +103,9 @@ def rows(tmp_path_factory):
     return folder
 
 
-def words(folder, name, number):
+def words(folder, name, number, **more):
     """Program and command line of a run of three steps in `number` processes."""
-    program, keys = {**RUNS, **HALF}[name]
+    program, keys = {**RUNS, **HALF, "gone on with": ("grpo", ON)}[name]
     keys = {"data": "rows.jsonl", "steps": 3, "lr": 3e-4, "probes": 2, **keys,
             "model": folder / "model", "out": folder / f"{name}_{number}",
             "evals": f"E={folder / 'rows.jsonl'}"}  # fmt: skip
@@ -113,18 +115,24 @@ def words(folder, name, number):
         keys["rewards"] = f"{folder / 'reward.py'}:{keys.get('rewards', 'vowels')}"
     else:
         keys = {"batch": 5, "micro": 2, "max_new": 6, "held_out": folder / "rows.jsonl", **keys}
-    return program, [w for k, v in keys.items() for w in (f"--{k}", str(v))]
+    return program, [w for k, v in {**keys, **more}.items() for w in (f"--{k}", str(v))]
 
 
 @pytest.fixture(scope="module")
 def done(rows):
-    """All runs on one process and on two; the folder they are in."""
-    for number, start in ((1, [sys.executable]), (2, [*TORCHRUN, "--nproc_per_node=2"])):
-        lines = [words(rows, name, number) for name in (*RUNS, *HALF)]
-        (rows / f"{number}.json").write_text(json.dumps(lines))
-        command = [*start, "tests/gradients.py", rows / f"{number}.json"]
-        ran = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True,
-                             timeout=400)  # fmt: skip
+    """All runs on one process and on two, and some that go on; the folder they are in. "gone on
+    with_21" does two steps on two processes and the third on one."""
+    def on(places, steps):
+        return [words(rows, "gone on with", place, steps=steps) for place in places]
+
+    first, second = ([words(rows, name, n) for name in (*RUNS, *HALF)] for n in (1, 2))
+    two = [*TORCHRUN, "--nproc_per_node=2"]
+    for start, lines in (([sys.executable], first + on([12], 2)),
+                         (two, second + on([12], 3) + on([21, 22], 2) + on([22], 3)),
+                         ([sys.executable], on([21], 3))):  # fmt: skip
+        (rows / "runs.json").write_text(json.dumps(lines))
+        ran = subprocess.run([*start, "tests/gradients.py", rows / "runs.json"], cwd=ROOT, env=ENV,
+                             capture_output=True, text=True, timeout=400)  # fmt: skip
         assert ran.returncode == 0, ran.stderr[-3000:]
     return rows
 
@@ -159,6 +167,21 @@ def test_two_processes_train_as_one_does(done, name):
     assert moved > 1e-3 and apart < 5e-3 * moved
     after = [json.loads((folder / "summary.json").read_text())["after"] for folder in folders]
     assert after[0] == after[1]
+
+
+@pytest.mark.parametrize("places", ["12", "21", "22"])
+def test_a_run_goes_on_with_another_number_of_processes(done, places):
+    """Two steps on one or two processes and the third on two or one, with Muon."""
+    folders = [done / "to be gone on with_1", done / f"gone on with_{places}"]
+    one, other = (metrics(folder) for folder in folders)
+    assert len(one) == len(other) == 3
+    for a, b in zip(one, other):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
+    start, *ends = (load_file(f / "model.safetensors") for f in
+                    (done / "model", *(f / "step_000003" for f in folders)))  # fmt: skip
+    moved, apart = (torch.cat([(x[k] - y[k]).flatten() for k in start]).norm()
+                    for x, y in ((ends[0], start), ends))  # fmt: skip
+    assert moved > 1e-3 and apart < 5e-3 * moved
 
 
 def test_in_bfloat16_they_differ_by_its_rounding_only(done):

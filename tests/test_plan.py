@@ -461,7 +461,7 @@ def test_the_table_shows_each_part_and_the_sums_in_gb():
 
 def test_a_small_model_is_shown_in_mb_without_parts_that_are_not_there(small):
     told = text(plan.of(small.cfg, work_of(small.prompts, 2, 4)), int(2e9))
-    assert ", MB" in told and "2000.0 MB" in told and "1/" not in told
+    assert ", MB" in told and "of 2.0 GB" in told and "1/" not in told
     assert "reference" not in told and "gathered" not in told
 
 
@@ -511,9 +511,9 @@ def test_a_disk_without_room_for_two_checkpoints_is_refused(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     small, large = (replace(found, checkpoint=int(free * x)) for x in (0.4, 0.6))
     out = str(tmp_path / "runs" / "new")
-    check_disk(small, out)
+    check_disk(small, out, 2)
     check_disk(large, out, checkpoints=1)
     with pytest.raises(ValueError, match="2 checkpoints of") as caught:
-        check_disk(large, out)
+        check_disk(large, out, 2)
     assert f"out {out}" in str(caught.value) and f"the disk of {tmp_path} has" in str(caught.value)
     assert not (tmp_path / "runs").exists()

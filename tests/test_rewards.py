@@ -670,11 +670,11 @@ def test_one_that_has_never_worked_and_fails_for_all_texts_is_a_mistake(tmp_path
     path = own(tmp_path, HARMFUL)
     both = load_rewards(("accuracy", f"{path}:f"), (), 0.7)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"(?s)mine.py:f: failed for each of 2 texts; .*"
+        with pytest.raises(ValueError, match=r"(?s)mine.py:f: failed for every text so far; .*"
                                              r'raise KeyError\("odd"\)\n.*\nKeyError: .odd'):
-            score_all(both, ["word", "raise"], [gold("3")] * 2)
+            score_all(both, ["word", "raise"], [gold("3"), gold("3")])
     assert score_all(both, ["hang", "raise"], [gold("3")] * 2)[1] == [None, None]
-    with pytest.raises(ValueError, match="failed for each of 1 texts"):
+    with pytest.raises(ValueError, match="failed for every text so far"):
         both[1][1]("raise", gold("3"))
     assert score_all(both, ["a", "raise"], [gold("3")] * 2)[1] == [1.0, None]
     assert score_all(both, ["word", "raise"], [gold("3")] * 2)[1] == [None, None]
@@ -759,3 +759,16 @@ def test_a_missing_math_verify_is_told_before_a_run_starts(name, monkeypatch):
     with pytest.raises(ValueError, match="pip install math-verify"):
         load_rewards(("format", name))
     assert load_rewards(("format", "accuracy"))
+
+
+def test_a_bad_row_of_one_group_does_not_end_a_run(tmp_path):
+    """A process that has one prompt a step sees nothing else in its first call."""
+    path = tmp_path / "mine.py"
+    path.write_text("def f(text, example):\n    return 1 / int(example.solution)\n")
+    rewards = load_rewards((f"{path}:f",))
+    bad, good = gold("0"), gold("2")
+    assert score_all(rewards, ["a", "b"], [bad, bad]) == [[None, None]]
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        score_all(rewards, ["a", "b"], [bad, bad])
+    assert score_all(rewards, ["a", "b"], [good, good]) == [[0.5, 0.5]]
+    assert score_all(rewards, ["a", "b"], [bad, bad]) == [[None, None]]
