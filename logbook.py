@@ -114,8 +114,8 @@ class Logbook:
         """Of a step, with its metrics and what all processes did in it."""
         state, cfg = self.state, self.cfg
         saves = step == self.total or step % cfg.save_every == 0
-        self.last = self.stop.asked(self.seconds.last.get("save"))
-        if saves and cfg.eval_saves and self.evals and step < self.total and not self.last:
+        scores = saves and cfg.eval_saves and self.evals and step < self.total
+        if scores and not any(parallel.gathered(bool(self.stop.reason))):
             found = {k: v["accuracy"] for k, v in self.score(f"step_{step:06d}").items()}
             row |= {f"eval/{name}": accuracy for name, accuracy in found.items()}
             mean = sum(found.values()) / len(found)
@@ -136,6 +136,7 @@ class Logbook:
         with self.seconds("log"), parallel.told():
             if self.first:
                 self.write({"step": step, **row})
+        self.last = self.stop.asked(self.seconds.last.get("save"))
         if saves or self.last:
             state |= {"step": step, "seconds": self.seconds.since_start()}
             with self.seconds("save"), parallel.told():

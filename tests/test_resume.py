@@ -590,10 +590,11 @@ def whole(run):
 def test_two_steps_and_two_are_four_bit_for_bit(run, whole, program):
     """Killed in step 3, before its line: weights, moments, metrics, samples and answers.
 
-    Before that there are the lines of the steps 1 and 2, and the save's wait for the disk.
+    Before that there are the lines of the steps 1 and 2, the first report, which reads them, and
+    the save's wait for the disk.
     """
     name = f"{program}_killed"
-    assert run(name, program, kill=3, at="metrics.jsonl")[1] == -signal.SIGKILL
+    assert run(name, program, kill=4, at="metrics.jsonl")[1] == -signal.SIGKILL
     out, status, said = run(name, program)
     assert status == 0 and f"goes on from {out}/step_000002" in said
     assert result(out) == whole[program]
