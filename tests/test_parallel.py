@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_checkpoint import make_checkpoint
@@ -256,6 +258,23 @@ def test_the_end_of_one_process_is_soon_the_end_of_all(tmp_path, way, told):
     assert told in said[0] and [p.returncode for p in both] == {
         "kill": [1, -9], "fail": [1, 1], "end": [0, 0]
     }[way]  # fmt: skip
+
+
+def test_each_start_has_a_name_of_its_own_whatever_lies_in_the_store():
+    """Three processes as threads, started three times; the store keeps all that was said."""
+    place, names = dist.HashStore(), []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            late = [2, 0, 1]  # the first is not the first to come
+            found = list(pool.map(lambda me: parallel.agree_on_name(place, me, 3, 0.2), late))
+        assert len(set(found)) == 1
+        names += found[:1]
+    assert len(set(names)) == 3
+    with pytest.raises(SystemExit, match=r"process 1 waited 0\.001 minutes in vain for the first"):
+        parallel.agree_on_name(place, 1, 3, 0.001)
+    with pytest.raises(SystemExit, match=r"process 0 waited 0\.001 minutes in vain for \[1, 2\]"):
+        parallel.agree_on_name(dist.HashStore(), 0, 3, 0.001)
+    assert parallel.agree_on_name(dist.HashStore(), 0, 1)
 
 
 @pytest.mark.slow
