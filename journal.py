@@ -20,6 +20,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -179,6 +180,16 @@ class Seconds(dict):
         yield
         self.last[name] = time.perf_counter() - begin
         self[name] += self.last[name]
+
+    def each(self, name: str, items: Iterator) -> Iterator:
+        """The same items; what it takes to make each counts as `name`."""
+        end = object()
+        while True:
+            with self(name):
+                item = next(items, end)
+            if item is end:
+                return
+            yield item
 
     def since_start(self) -> float:
         """Seconds since this was made."""

@@ -320,7 +320,7 @@ def train(cfg: Config) -> dict:
         learnt = fit(model, processor, run.rows, cfg, optimizers=run.optimizers,
                      numbers=book.steps("sft"), bad=book.state["bad"])  # fmt: skip
         with parallel.told():
-            for row in learnt:
+            for row in seconds.each("update", learnt):
                 step, tokens = row["step"], row.pop("tokens")
                 book.state["bad"] = book.state["bad"] + 1 if row["skipped"] else 0
                 if step % cfg.eval_every == 0 or step == run.steps:

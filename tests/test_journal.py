@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -272,3 +273,18 @@ PEAK = Path("/proc/self/status")
 def test_peak_memory_is_that_of_the_process_in_gigabytes():
     kilobytes = next(line for line in PEAK.read_text().splitlines() if line.startswith("VmHWM"))
     assert peak_memory_gb() == pytest.approx(int(kilobytes.split()[1]) * 1024 / 1e9, rel=0.05)
+
+
+def test_each_counts_what_it_takes_to_make_an_item_and_not_what_is_done_with_it():
+    seconds = Seconds()
+
+    def items():
+        for i in range(3):
+            time.sleep(0.01)
+            yield i
+
+    found = []
+    for item in seconds.each("make", items()):
+        time.sleep(0.05)
+        found.append(item)
+    assert found == [0, 1, 2] and 0.03 <= seconds["make"] < 0.15 < seconds.since_start()
