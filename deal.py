@@ -89,6 +89,16 @@ def few_tokens(p: Prompt) -> Prompt:
                    grid=p.grid[:0], image_at=p.image_at[:0])  # fmt: skip
 
 
+def prompts_of_parts(prompts: list[Prompt], most: int) -> list[tuple[list[int], list[Prompt]]]:
+    """[(rows, what to run)] of `parts`: the prompts of the rows, or a few tokens where there are
+    none; with a blank picture where other processes have one."""
+    pictures, found = pictured(prompts), []
+    for rows in parts(len(prompts), most):
+        some = [prompts[i] for i in rows] or [few_tokens(prompts[0])]
+        found.append((rows, with_picture(some) if pictures else some))
+    return found
+
+
 # ------------------------------------------------------------------------------- groups of GRPO
 
 
@@ -106,12 +116,11 @@ def deal_out(rollout: Rollout, adv: Tensor) -> tuple[Rollout, Tensor, float]:
 def micro_batches(rollout: Rollout, adv: Tensor, mask: Tensor, weights: Tensor, most: int) -> list:
     """[(rollout, advantages (B', G, 1), mask, weights, counted (B', G, T))], `most` prompts in each
     at most. counted: the tokens that metrics count; none in a group that is there to be run."""
-    pictures, found = pictured(rollout.prompts), []
-    for rows in parts(len(rollout.prompts), most):
+    found = []
+    for rows, prompts in prompts_of_parts(rollout.prompts, most):
         at, real = rows or [0], bool(rows)
         part = rollout.select(at)
-        if not real:
-            part.prompts, part.lengths = [few_tokens(part.prompts[0])], part.lengths.clamp(max=1)
-        part.prompts = with_picture(part.prompts) if pictures else part.prompts
+        part.prompts = prompts
+        part.lengths = part.lengths if real else part.lengths.clamp(max=1)
         found.append((part, adv[at][..., None], mask[at], weights[at] * real, part.mask & real))
     return found

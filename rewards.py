@@ -223,7 +223,7 @@ def load_rewards(names, weights=(), seconds=10.0, memory=4.0):
 
 def score_all(rewards, texts, examples):
     """The values (R lists of N numbers or None) of R loaded rewards for N texts, each with its
-    example. ValueError if one of a user's own raised for all N and has never yet worked."""
+    example. ValueError if one of a user's own has never yet worked, see Own."""
     return [score(function, texts, examples) for _, function, _ in rewards]
 
 

@@ -36,7 +36,7 @@ import trackers
 from ahead import Ahead
 from checkpoint import read_config
 from config import opt, parse
-from data import Processor, Prompt, collate, with_picture, without_long
+from data import Processor, Prompt, collate, without_long
 from evaluate import load_evals
 from example import Example
 from journal import Seconds
@@ -174,11 +174,8 @@ def step_loss(model, processor, prompts: list[Prompt], cfg: Config) -> tuple[flo
     prompts, even = deal.balance(prompts, [cost(p) for p in prompts])
     targets, count = targets_of(processor, prompts, cfg.mask)
     tokens = int(parallel.total(torch.tensor(count, device=model.device)))
-    pictures = deal.pictured(prompts)
     found = torch.zeros((), dtype=torch.float64, device=model.device)
-    for rows in deal.parts(len(prompts), cfg.micro):
-        some = [prompts[i] for i in rows] or [deal.few_tokens(prompts[0])]
-        some = with_picture(some) if pictures else some
+    for rows, some in deal.prompts_of_parts(prompts, cfg.micro):
         said = [targets[i] for i in rows] or [targets[0][:1]]
         loss = sft_loss(model, some, said, tokens, cfg.mask)
         loss = loss if rows else 0 * loss  # as many backwards in every process
