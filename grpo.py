@@ -46,7 +46,7 @@ from optim import apply_gradients, draw_rows, make_optimizers, schedule, set_lr
 from resume import Stop, open_run, take_up
 from rewards import load_rewards
 from rollout import Rollout, sample, score
-from rows import load_examples
+from rows import left_out, load_examples
 from tally import has_signal, reward_table, step_metrics, total_reward
 
 
@@ -310,7 +310,7 @@ def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNames
     first = next(iter(evals.values()), rows)
     return SimpleNamespace(
         policy=policy, reference=reference, optimizers=optimizers, rewards=rewards, book=book,
-        processor=processor, ahead=ahead, skipped=getattr(loaded, "total", len(rows)) - len(rows),
+        processor=processor, ahead=ahead, skipped=left_out(loaded, rows),
         probes=[processor.prompt(e) for e in islice(first, cfg.probes)],
     )  # fmt: skip
 

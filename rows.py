@@ -80,6 +80,11 @@ def load_examples(
     return Rows(parts, base, np.delete(rows.at, list(bad)))
 
 
+def left_out(loaded: Sequence, used: Sequence) -> int:
+    """How many rows of a source are not used: bad ones, and those that were left out later."""
+    return getattr(loaded, "total", len(loaded)) - len(used)
+
+
 def tell(text: str) -> None:
     """To stderr, by the first of torchrun's processes."""
     if os.environ.get("RANK", "0") == "0":

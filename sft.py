@@ -46,7 +46,7 @@ from optim import apply_gradients, draw_rows, make_optimizers, schedule, set_lr
 from resume import Stop, open_run, take_up
 from rewards import load_rewards
 from rollout import as_rollout, score, token_logp
-from rows import load_examples
+from rows import left_out, load_examples
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNames
     first = next(iter(evals.values()), rows)
     return SimpleNamespace(
         model=model, processor=processor, rows=rows, held_out=held_out, optimizers=optimizers,
-        book=book, steps=steps, skipped=getattr(loaded, "total", len(rows)) - len(rows),
+        book=book, steps=steps, skipped=left_out(loaded, rows),
         probes=[processor.prompt(e) for e in islice(first, cfg.probes)],
     )  # fmt: skip
 
