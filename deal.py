@@ -68,11 +68,19 @@ def moves(costs: list[list[float]]) -> list[tuple[int, int, int]]:
     return found
 
 
-def parts(n: int, most: int) -> list[list[int]]:
-    """Rows 0 ... n - 1 in parts of at most `most`, as many parts in every process; the parts of a
-    process that has fewer rows may be empty."""
-    count = max(math.ceil(k / most) for k in parallel.gathered(n))
-    edges = [n * i // count for i in range(count + 1)]
+def parts(costs: list[float], most: int, budget: float = math.inf) -> list[list[int]]:
+    """Rows of these costs in parts of at most `most` rows, and of `budget` where more than one row;
+    as many parts in every process, of which those that have fewer rows may be empty."""
+    n, found, load = len(costs), [[]], 0.0
+    for i, cost in enumerate(costs):
+        if found[-1] and (len(found[-1]) == most or load + cost > budget):
+            found, load = [*found, []], 0.0
+        found[-1].append(i)
+        load += cost
+    count = max(parallel.gathered(len(found)))
+    if budget < math.inf:
+        return found + [[]] * (count - len(found))
+    edges = [n * i // count for i in range(count + 1)]  # alike
     return [list(range(a, b)) for a, b in pairwise(edges)]
 
 
@@ -89,11 +97,14 @@ def few_tokens(p: Prompt) -> Prompt:
                    grid=p.grid[:0], image_at=p.image_at[:0])  # fmt: skip
 
 
-def prompts_of_parts(prompts: list[Prompt], most: int) -> list[tuple[list[int], list[Prompt]]]:
+def prompts_of_parts(
+    prompts: list[Prompt], most: int, costs=(), budget: float = math.inf
+) -> list[tuple[list[int], list[Prompt]]]:
     """[(rows, what to run)] of `parts`: the prompts of the rows, or a few tokens where there are
-    none; with a blank picture where other processes have one."""
+    none; with a blank picture where other processes have one. costs: of the prompts, for a budget.
+    """
     pictures, found = pictured(prompts), []
-    for rows in parts(len(prompts), most):
+    for rows in parts(costs or [0.0] * len(prompts), most, budget):
         some = [prompts[i] for i in rows] or [few_tokens(prompts[0])]
         found.append((rows, with_picture(some) if pictures else some))
     return found
@@ -113,11 +124,13 @@ def deal_out(rollout: Rollout, adv: Tensor) -> tuple[Rollout, Tensor, float]:
     return Rollout.join(groups, adv.device), torch.cat(advs).to(adv.device), even
 
 
-def micro_batches(rollout: Rollout, adv: Tensor, mask: Tensor, weights: Tensor, most: int) -> list:
+def micro_batches(rollout: Rollout, adv, mask, weights, most: int, budget: int | None) -> list:
     """[(rollout, advantages (B', G, 1), mask, weights, counted (B', G, T))], `most` prompts in each
-    at most. counted: the tokens that metrics count; none in a group that is there to be run."""
-    found = []
-    for rows, prompts in prompts_of_parts(rollout.prompts, most):
+    at most, and of `budget` tokens as `cost` counts them. counted: the tokens that metrics count;
+    none in a group that is there to be run."""
+    found, lengths = [], rollout.lengths.sum(1).tolist()
+    costs = [cost(prompt, n) for prompt, n in zip(rollout.prompts, lengths)]
+    for rows, prompts in prompts_of_parts(rollout.prompts, most, costs, budget or math.inf):
         at, real = rows or [0], bool(rows)
         part = rollout.select(at)
         part.prompts = prompts

@@ -212,6 +212,7 @@ def sample(cfg: Sample) -> None:
                 if any((name, k) not in done for k in range(cfg.n))]
         print(f"{len(done)} answers are there, {len(left)} questions are asked {cfg.n} times each")
         model = Qwen2VL.from_pretrained(folder, device=device) if left else None
+        model = model and model.frozen(torch.bfloat16 if cfg.bf16 else torch.float32)
         for start in tqdm(range(0, len(left), cfg.batch), "sample", unit="batch"):
             uids = left[start : start + cfg.batch]
             some = [replace(examples[i], problem=asked[i][1]) for i in uids]

@@ -102,10 +102,12 @@ class Config:
     warmup: int = opt(0, "steps over which the step size rises from 0", least=0)
     max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm", above=0)
     micro_prompts: int = opt(4, "prompts, with completions, per forward and backward", least=1)
+    micro_tokens: int | None = opt(None, "tokens of these at most, a patch counting 0.4", least=1)
     bf16: bool = opt(False, "compute in bfloat16; weights and optimizer stay float32")
     shard_group: int | None = opt(None, "processes that share one copy of the weights (HSDP), as "
                                   "those of a machine; default: all", least=1)
     recompute: bool = opt(False, "keep only the inputs of blocks for the backward pass")
+    compile: bool = opt(False, "fuse what blocks do by torch.compile: for a GPU")
 
     evals: tuple[str, ...] = opt((), "NAME=SOURCE, scored greedily before and after")
     probes: int = opt(6, "questions of the first eval that the report follows", least=0)
@@ -225,7 +227,7 @@ def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
     mask = rollout.mask & (rollout.finished[..., None] | (not cfg.mask_truncated))
     tokens = parallel.total(mask.sum())
     weights = token_weights(mask, cfg.mean, cfg.prompts * cfg.group, cfg.max_new, tokens)
-    parts = deal.micro_batches(rollout, adv, mask, weights, cfg.micro_prompts)
+    parts = deal.micro_batches(rollout, adv, mask, weights, cfg.micro_prompts, cfg.micro_tokens)
 
     def frozen(policy):  # (B, G, T) of each micro-batch, without gradient
         with torch.no_grad():
@@ -236,7 +238,7 @@ def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
     olds = frozen(model) if cfg.updates_per_batch > 1 else [None] * len(parts)
     skipped = 0
     for _ in range(cfg.updates_per_batch):
-        sums = defaultdict(float, tokens=float(rollout.mask.sum()))
+        sums = defaultdict(float, tokens=rollout.mask.sum())  # of tensors: no wait for a device
         for (part, a, m, w, counted), ref, old in zip(parts, refs, olds):
             logp, entropy = score(model, part, cfg.temperature, banned)
             old = logp.detach() if old is None else old
@@ -245,15 +247,15 @@ def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
             if reference:
                 kl = k3(logp, ref)
                 token_loss = token_loss + cfg.beta * kl
-                sums["kl"] += float((kl.detach() * counted).sum())
+                sums["kl"] += (kl.detach() * counted).sum()
             loss = (w * token_loss).sum()
             loss.backward()
-            sums["loss"] += float(loss.detach())
-            sums["entropy"] += float((entropy * counted).sum())
+            sums["loss"] += loss.detach()
+            sums["entropy"] += (entropy * counted).sum()
             high, low = (ratio > 1 + cfg.clip_high) & (a > 0), (ratio < 1 - cfg.clip_low) & (a < 0)
-            sums["clip_share"] += float(((high | low) & counted).sum())
-            sums["mismatch"] += float(((part.logp - old).abs().exp() * counted).sum())
-        found = torch.tensor(list(sums.values()), dtype=torch.float64, device=adv.device)
+            sums["clip_share"] += ((high | low) & counted).sum()
+            sums["mismatch"] += ((part.logp - old).abs().exp() * counted).sum()
+        found = torch.stack([x.double() for x in sums.values()])
         sums = dict(zip(sums, parallel.total(found).tolist()))
         norms = apply_gradients(model, optimizers, cfg.max_grad_norm, sums["loss"])
         skipped += norms["grad_norm"] is None
@@ -272,6 +274,7 @@ def memory_plan(cfg: Config, start, processor, examples, evals) -> plan.Plan:
         prompts=cfg.prompts, group=cfg.group, max_new=cfg.max_new, micro=cfg.micro_prompts, **asked,
         processes=parallel.size(), shards=cfg.shard_group, optimizer=cfg.optimizer, bf16=cfg.bf16,
         recompute=cfg.recompute, beta=cfg.beta, eval_new=cfg.max_new if evals else 0,
+        gpu=torch.cuda.is_available(),
     ))  # fmt: skip
 
 
@@ -298,11 +301,13 @@ def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNames
     state = run.numbers or {"step": 0, "drawn": 0, "bad": 0, "rows": len(rows), "start": start}
     load = partial(Qwen2VL.from_pretrained, device=device, shard=shard)
     with parallel.agreed():
-        policy = load(run.checkpoint or start)
-        policy = policy.recompute_blocks() if cfg.recompute else policy
+        policy = load(run.checkpoint or start).prepare(cfg.compile, cfg.recompute)
         optimizers = make_optimizers(policy, cfg.optimizer, cfg.lr, cfg.weight_decay)
         take_up(run, policy, optimizers, len(rows))
-        reference = load(state["start"]).requires_grad_(False) if cfg.beta else None
+        # In what is computed in, so that no copy need be made: it never changes.
+        low = torch.bfloat16 if cfg.bf16 else torch.float32
+        reference = cfg.beta and load(state["start"], low if shard else torch.float32)
+        reference = reference.frozen(low).prepare(cfg.compile) if cfg.beta else None
         book = Logbook(cfg, run, seconds, stop, steps=cfg.steps, model=policy, evals=evals,
                        processor=processor, optimizers=optimizers, state=state,
                        shown=("reward", "length/mean"))
@@ -326,20 +331,21 @@ def train(cfg: Config) -> dict:
         policy, rewards, book, state = run.policy, run.rewards, run.book, run.book.state
         names, main_process = [name for name, _, _ in rewards], parallel.rank() == 0
 
-        def probe(step):
+        def probe(step, sampler):
             if main_process:
-                journal.log_probes(book.out, step, policy, run.processor, run.probes, rewards,
+                journal.log_probes(book.out, step, sampler, run.processor, run.probes, rewards,
                                    cfg.max_new)
 
         book.open()
         for step in book.steps("grpo"):  # 4: for step = 1, ..., M
             lr = cfg.lr * schedule(step, cfg.steps, cfg.warmup, cfg.schedule)
             set_lr(run.optimizers, lr)
-            with seconds("sample"), half(), parallel.whole_weights(policy), parallel.told():
+            with seconds("sample"), half(), parallel.whole_weights(policy) as sampler, \
+                    parallel.told():
                 if (step - 1) % cfg.probe_every == 0:
-                    probe(step - 1)
+                    probe(step - 1, sampler)
                 # 5: sample a batch    7: sample G outputs for each question    8: compute rewards
-                rollout, table, state["drawn"] = sample_batch(policy, run.ahead, rewards,
+                rollout, table, state["drawn"] = sample_batch(sampler, run.ahead, rewards,
                                                               state["drawn"], cfg)
             # 9: compute the advantages through group relative estimation
             adv = group_advantages(reward := total_reward(table, rewards), cfg.advantage).to(device)
@@ -359,8 +365,8 @@ def train(cfg: Config) -> dict:
                 raise SystemExit(f"step {step}: no finite update in 5 steps, all were skipped. "
                                  "Try a smaller --lr or --max_grad_norm, or --bf16 false.")
         run.ahead.close()
-        with seconds("eval"), half(), parallel.whole_weights(policy):
-            probe(cfg.steps)
+        with seconds("eval"), half(), parallel.whole_weights(policy) as sampler:
+            probe(cfg.steps, sampler)
         return book.close()
 
 

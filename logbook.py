@@ -93,8 +93,8 @@ class Logbook:
 
     def score(self, when: str) -> dict:
         """Greedy results on every eval, details in eval/NAME_WHEN.json."""
-        with self.seconds("eval"), self.half(), parallel.whole_weights(self.model):
-            return evaluate_all(self.model, self.processor, self.evals, self.cfg.max_new, self.out,
+        with self.seconds("eval"), self.half(), parallel.whole_weights(self.model) as sampler:
+            return evaluate_all(sampler, self.processor, self.evals, self.cfg.max_new, self.out,
                                 when)
 
     def steps(self, title: str) -> Iterator[int]:

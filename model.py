@@ -13,8 +13,7 @@ What we do differently from the reference implementation, and why:
 - Frames, and windows, of equal length attend in one call: a 448 x 448 image is one call of 16
   windows, not 16 calls.
 - A prompt with G completions is one prompt, not G: the completions attend to the one copy of its
-  keys and values, in sampling and in training, with gradient (`attend_shared`). It is exact;
-  tests/test_model.py compares it with the repeated batch.
+  keys and values, in sampling and in training, with gradient (attention.py).
 - Parameters keep the Hugging Face names, so checkpoints load and save without a map.
 
 Letters: B prompts, G completions per prompt, L prompt tokens, T completion tokens, S packed tokens,
@@ -22,7 +21,6 @@ P patches, D width, H heads, K key/value heads, R = H/K, d head width, V vocabul
 """
 
 import itertools
-import math
 from functools import partial
 
 import torch
@@ -30,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from attention import Cache, Layout, Step, attend, half
 from checkpoint import (
     ModelConfig,
     VisionConfig,
@@ -45,8 +44,7 @@ from checkpoint import (
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x (S, heads, d) by cos, sin (S, d); halves are paired as in GPT-NeoX."""
     a, b = x.chunk(2, -1)
-    y = x.float() * cos[:, None] + torch.cat((-b, a), -1).float() * sin[:, None]
-    return y.to(x.dtype)
+    return x.float() * cos[:, None] + torch.cat((-b, a), -1).float() * sin[:, None]
 
 
 def mrope(positions: Tensor, head_dim: int, theta: float, section: tuple[int, ...]):
@@ -137,6 +135,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = half(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -165,10 +164,10 @@ class VisionAttention(nn.Module):
         """Full attention inside each segment of `calls`, which is from `segments`."""
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)  # (P, heads, d)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = torch.empty_like(v)
+        out = torch.empty_like(q)
         for at, n, length in calls:
             qkv = (t[at].view(n, length, self.heads, -1).transpose(1, 2) for t in (q, k, v))
-            y = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(0, 1)
+            y = attend(*qkv).transpose(1, 2).flatten(0, 1)
             if len(calls) == 1 and isinstance(at, slice):
                 out = y
             else:
@@ -252,167 +251,37 @@ class VisionTower(nn.Module):
         return self.merger(self.patch_states(patches, grid))
 
 
-# ------------------------------------------------------------------------------- packed sequences
-
-
-class Layout:
-    """Where packed tokens stand in the padded inputs of attention.
-
-    Packed order: prompt 1, ..., prompt B, then the completions of prompt 1, ..., of prompt B.
-    Padding is on the right, so a causal mask alone keeps it from every real token.
-
-    prompts: B lengths, or none where a cache holds the prompts. completions: B rows of G lengths.
-    """
-
-    def __init__(self, prompts: list[int], completions=(), device="cpu"):
-        self.B, self.L = len(prompts), max(prompts, default=0)
-        self.prompt_at = places(prompts, device)
-        self.prompt_lengths = torch.tensor(prompts, device=device)
-        self.S_prompt = sum(prompts)
-        assert len({len(row) for row in completions}) <= 1, "every prompt has G completions"
-        flat = [n for row in completions for n in row]
-        self.T = max(flat, default=0)
-        self.groups = (len(completions), len(flat) // max(1, len(completions)))  # (B, G)
-        self.completion_at = places(flat, device)
-        ragged = self.S_prompt != self.B * self.L
-        seen = torch.arange(self.L, device=device) < self.prompt_lengths[:, None]
-        self.prompt_mask = seen if ragged else None  # (B, L): True on real tokens
-
-
-def places(lengths: list[int], device) -> Tensor | None:
-    """Flat index (S,) of packed tokens in a (rows, max length) grid; None if all are equal."""
-    width = max(lengths, default=0)
-    if all(n == width for n in lengths):
-        return None
-    n = torch.tensor(lengths, device=device)
-    return (torch.arange(width, device=device) < n[:, None]).flatten().nonzero()[:, 0]
-
-
-def unpack(x: Tensor, at: Tensor | None, rows: int, width: int) -> Tensor:
-    """Packed (S, ...) -> padded with zeros (rows, width, ...)."""
-    if at is None:
-        return x.view(rows, width, *x.shape[1:])
-    out = x.new_zeros(rows * width, *x.shape[1:]).index_copy(0, at, x)
-    return out.view(rows, width, *x.shape[1:])
-
-
-def repack(x: Tensor, at: Tensor | None) -> Tensor:
-    """Padded (rows, width, ...) -> packed (S, ...)."""
-    x = x.flatten(0, 1)
-    return x if at is None else x[at]
-
-
-class Cache:
-    """Keys and values while sampling: each prompt's once (B), each completion's own (B, G).
-
-    All completions have the same number of tokens so far, `length`; `keep` drops finished ones.
-    """
-
-    def __init__(self, layers: int, room: int):
-        self.room, self.length = room, 0  # `room` completion tokens at most
-        self.prompt: list[tuple[Tensor, Tensor]] = [None] * layers  # k, v (B, K, L, d)
-        self.own: list[tuple[Tensor, Tensor]] = [None] * layers  # k, v (B, G, K, room, d)
-        self.prompt_mask = None
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, G, K, T, d); returns all of the completions' keys and values so far."""
-        if self.own[layer] is None:
-            shape = (*k.shape[:3], self.room, k.shape[4])
-            self.own[layer] = (k.new_empty(shape), v.new_empty(shape))
-        end = self.length + k.shape[3]
-        assert end <= self.room, "the cache has no room for another token"
-        for new, own in zip((k, v), self.own[layer]):
-            own[:, :, :, self.length : end] = new
-        return tuple(own[:, :, :, :end] for own in self.own[layer])
-
-    def keep(self, groups: Tensor, rows: Tensor) -> None:
-        """Keep the prompts `groups` (B',) and of each the completions `rows` (B', G')."""
-        for i in range(len(self.own)):  # a layer's old ones go before the next one's are copied
-            self.prompt[i] = tuple(x[groups] for x in self.prompt[i])
-            self.own[i] = tuple(x[groups[:, None], rows] for x in self.own[i])
-        if self.prompt_mask is not None:
-            self.prompt_mask = self.prompt_mask[groups]
-
-
 # --------------------------------------------------------------------------------------- decoder
 
 
-def attend_shared(q, k, v, prompt_k, prompt_v, prompt_mask=None) -> Tensor:
-    """Completions attend to their group's one prompt and causally to themselves, in one softmax.
-
-    q (B, G, T, H, d); own k, v (B, G, K, S, d) with S >= T, the queries being the last T of S;
-    prompt_k, prompt_v (B, K, L, d); prompt_mask (B, L) True on real tokens -> (B, G, T, H, d).
-    The prompt's keys are read once per group: all queries of a group are rows of one product.
-    """
-    (B, G, T, H, d), (K, S), L = q.shape, k.shape[2:4], prompt_k.shape[2]
-    R = H // K
-    q = q.view(B, G, T, K, R, d).permute(0, 3, 1, 4, 2, 5) * d**-0.5  # (B, K, G, R, T, d)
-    to_prompt = (q.reshape(B, K, -1, d) @ prompt_k.mT).view(B, K, G, R, T, L)
-    q = q.transpose(1, 2).reshape(B, G, K, R * T, d)
-    to_own = (q @ k.mT).view(B, G, K, R, T, S)
-    if T > 1:
-        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-        to_own = to_own.masked_fill(future, -torch.inf)
-    if prompt_mask is not None:
-        to_prompt = to_prompt.masked_fill(~prompt_mask[:, None, None, None, None], -torch.inf)
-    scores = torch.cat((to_prompt.transpose(1, 2), to_own), -1)  # (B, G, K, R, T, L + S)
-    p = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-    on_prompt, on_own = p.split((L, S), -1)
-    y = on_own.reshape(B, G, K, R * T, S) @ v
-    z = on_prompt.transpose(1, 2).reshape(B, K, -1, L) @ prompt_v
-    y = y.view(B, G, K, R, T, d) + z.view(B, K, G, R, T, d).transpose(1, 2)
-    return y.permute(0, 1, 4, 2, 3, 5).reshape(B, G, T, H, d)
-
-
 class Attention(nn.Module):
-    def __init__(self, cfg: ModelConfig, layer: int):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
         D, d = cfg.hidden_size, cfg.head_dim
-        self.layer, self.d = layer, d
+        self.d = d
         self.q_proj = nn.Linear(D, cfg.num_attention_heads * d)
         self.k_proj = nn.Linear(D, cfg.num_key_value_heads * d)
         self.v_proj = nn.Linear(D, cfg.num_key_value_heads * d)
         self.o_proj = nn.Linear(cfg.num_attention_heads * d, D, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lay: Layout, cache: Cache | None):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lay: Layout | Step, kept=None):
+        """x (S, D) -> (S, D). kept: this layer of a Cache, if any."""
+        x = half(x)
         q, k, v = (p(x).view(len(x), -1, self.d) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (S, heads, d)
-        out, n = [], lay.S_prompt
-        if n:
-            qp, kp, vp = (
-                unpack(t[:n], lay.prompt_at, lay.B, lay.L).transpose(1, 2) for t in (q, k, v)
-            )
-            y = F.scaled_dot_product_attention(qp, kp, vp, is_causal=True, enable_gqa=True)
-            out.append(repack(y.transpose(1, 2), lay.prompt_at))
-            if cache is not None:
-                cache.prompt[self.layer], cache.prompt_mask = (kp, vp), lay.prompt_mask
-        else:
-            kp, vp = cache.prompt[self.layer]
-        if lay.T:
-            rows, shape = math.prod(lay.groups), (*lay.groups, lay.T, -1, self.d)
-            qc, kc, vc = (
-                unpack(t[n:], lay.completion_at, rows, lay.T).view(shape) for t in (q, k, v)
-            )
-            kc, vc = kc.transpose(2, 3), vc.transpose(2, 3)  # (B, G, K, T, d)
-            if cache is not None:
-                assert lay.completion_at is None, "in a cache all completions have one length"
-                kc, vc = cache.extend(self.layer, kc, vc)
-            mask = lay.prompt_mask if n else cache.prompt_mask
-            y = attend_shared(qc, kc, vc, kp, vp, mask)
-            out.append(repack(y.flatten(0, 1), lay.completion_at))
-        return self.o_proj(torch.cat(out).flatten(1))
+        y = lay.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, kept)
+        return self.o_proj(y.flatten(1))
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, cfg: ModelConfig, layer: int):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.self_attn = Attention(cfg, layer)
+        self.self_attn = Attention(cfg)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size)
 
-    def forward(self, x, cos, sin, lay, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, lay, cache)
+    def forward(self, x, cos, sin, lay, kept=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, lay, kept)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -421,21 +290,21 @@ class Decoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(cfg, i) for i in range(cfg.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
-    def forward(self, x: Tensor, positions: Tensor, lay: Layout, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, lay, cache: Cache | None) -> Tensor:
         cfg = self.cfg
         cos, sin = mrope(positions, cfg.head_dim, cfg.rope_theta, cfg.mrope_section)
-        for layer in self.layers:
-            x = layer(x, cos, sin, lay, cache)
-        if cache is not None:
-            cache.length += lay.T
+        for layer, kept in zip(self.layers, cache.layers if cache else itertools.repeat(None)):
+            x = layer(x, cos, sin, lay, kept)
         return self.norm(x)
 
 
 class Qwen2VL(nn.Module):
     """Qwen2-VL or Qwen2.5-VL. `forward` gives hidden states; `head` turns them into logits."""
+
+    compiled = False  # see `prepare`
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -458,7 +327,7 @@ class Qwen2VL(nn.Module):
         self,
         ids: Tensor,
         positions: Tensor,
-        layout: Layout,
+        layout: Layout | Step,
         features: Tensor | None = None,
         image_at: Tensor | None = None,
         cache: Cache | None = None,
@@ -466,10 +335,13 @@ class Qwen2VL(nn.Module):
         """Hidden states (S, D) after the last norm.
 
         ids (S,) packed as `layout` says, positions (3, S), features (I, D) from `visual` for the
-        image tokens that stand at image_at (I,) of the packed ids. With a cache, a first call holds
-        prompts and later calls hold the next token of every completion.
+        image tokens that stand at image_at (I,) of the packed ids. With a cache, a Layout holds
+        prompts that come into it, and a Step the next token of every completion.
         """
         x = self.model.embed_tokens(ids)
+        # Of bfloat16 weights the embedding would make a bfloat16 residual stream; under autocast,
+        # which casts no embeddings, it is float32.
+        x = x.float() if torch.is_autocast_enabled(x.device.type) else x
         if features is not None:
             assert features.shape[0] == image_at.shape[0], "image tokens and features differ"
             x = x.index_copy(0, image_at, features.to(x.dtype))
@@ -485,14 +357,44 @@ class Qwen2VL(nn.Module):
         features = features if len(batch.image_at) else features[:0]
         return self.forward(ids, positions, layout, features, batch.image_at, cache)
 
-    def recompute_blocks(self) -> "Qwen2VL":
-        """Activation checkpointing: a block keeps only its input for the backward pass, which runs
-        it once more. A third more arithmetic, the same gradient (tests/test_model.py); without it
-        one group of Qwen2-VL-2B keeps 44 GB at 512 tokens, attention scores above all."""
+
+    def frozen(self, dtype: torch.dtype) -> "Qwen2VL":
+        """For a model that learns nothing: linear layers, the head too, keep their weights in
+        `dtype`. That is what autocast would cast them to each time; the rest stays as it is."""
+        self.requires_grad_(False)
+        if dtype != self.head.dtype:
+            self.lm_head.weight = nn.Parameter(self.head.clone(), requires_grad=False)  # not tied
+            for part in self.modules():
+                if isinstance(part, nn.Linear):
+                    part.to(dtype)
+        return self
+
+    def twin(self, dtype: torch.dtype, linear: torch.dtype) -> "Qwen2VL":
+        """A frozen model of the same shape, on the same device; its weights, linear layers' and
+        others', are yet to be written."""
+        with torch.device("meta"):
+            twin = type(self)(self.cfg).to(dtype).frozen(linear)
+        twin.to_empty(device=self.device)
+        if self.cfg.tie_word_embeddings and linear == dtype:
+            twin.lm_head.weight = twin.model.embed_tokens.weight
+        return twin.prepare(self.compiled)
+
+    def prepare(self, compiled: bool = False, recompute: bool = False) -> "Qwen2VL":
+        """How blocks run; what they compute stays the same.
+
+        compiled: by torch.compile, which fuses norms, rotary positions and gates into few kernels;
+        blocks of a kind share what was compiled, for any length. recompute: activation
+        checkpointing. A block keeps only its input for the backward pass, which runs it once more:
+        a third more arithmetic, the same gradient (tests/test_model.py).
+        """
+        self.compiled = compiled
         for block in (*self.visual.blocks, *self.model.layers):
-            block.forward = partial(
-                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-            )
+            if compiled:
+                block.forward = torch.compile(block.forward, dynamic=True)
+            if recompute:
+                block.forward = partial(
+                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+                )
         return self
 
     @torch.no_grad()

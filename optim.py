@@ -5,6 +5,7 @@ Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; t
 """
 
 import inspect
+import itertools
 import math
 
 import numpy as np
@@ -26,7 +27,7 @@ def make_optimizers(model, kind: str, lr: float, weight_decay: float = 0.0) -> l
     if kind == "adamw":
         matrix = set()
     rest = [p for n, p in named if n not in matrix]
-    found = [torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay)]
+    found = [torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, fused=True)]
     if matrix:
         inner = [p for n, p in named if n in matrix]
         found.append(Muon(
@@ -97,16 +98,19 @@ def apply_gradients(model, optimizers: list, max_norm: float, loss: float) -> di
     for name, p in model.named_parameters():
         if p.grad is not None:
             parts[part_of(name)].append(p.grad)
-    norms = {f"grad_norm/{k}": float(full(torch.nn.utils.get_total_norm(v))) if v else 0.0
+    norms = {k: float(full(torch.nn.utils.get_total_norm(v))) if v else 0.0
              for k, v in parts.items()}
-    norm = float(full(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
+    norm = math.hypot(*norms.values())
+    for grad in itertools.chain(*parts.values()) if norm > max_norm else ():
+        grad.mul_(max_norm / (norm + 1e-6))
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         for optimizer in optimizers:
             optimizer.step()
         torch.clear_autocast_cache()  # else the next bf16 forward may read the weights of before
     model.zero_grad(set_to_none=True)
-    return {"grad_norm": norm if finite else None, **norms}
+    return {"grad_norm": norm if finite else None,
+            **{f"grad_norm/{k}": v for k, v in norms.items()}}
 
 
 def draw_rows(n_rows: int, seed: int, start: int, count: int) -> list[int]:

@@ -15,10 +15,12 @@ changes nothing. What must not differ among processes is how often they run the 
 backwards; deal.py sees to that.
 """
 
+import ctypes
 import os
 import threading
 import time
 import uuid
+import weakref
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -35,19 +37,22 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from attention import halved
+
 BEAT, SILENT = 3, 30  # seconds between signs of life; without one a process is taken for dead
 
 
 def start() -> str:
     """Joins the processes of torchrun, if there are any; the name of this process's device."""
-    cuda = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     if cuda and local >= torch.cuda.device_count():
         raise SystemExit(f"error: process {local} has no GPU: this machine has "
                          f"{torch.cuda.device_count()}, start as many processes")
     device = f"cuda:{local}" if cuda else "cpu"
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        keep_memory()
     if "RANK" in os.environ and not dist.is_initialized():
         # Python objects go by gloo, from memory to memory, and wait for no GPU. The time is the
         # longest that one process may keep the others waiting: it writes a checkpoint.
@@ -61,6 +66,14 @@ def start() -> str:
         if size() > 1:
             threading.Thread(target=watch, args=(store(),), daemon=True).start()
     return device
+
+
+def keep_memory() -> None:
+    """What tensors free stays with this process. Else glibc gives it back, and the kernel clears
+    its pages when they are touched anew: a tenth of an update."""
+    for threshold in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        with suppress(OSError, AttributeError):  # no glibc
+            ctypes.CDLL(None).mallopt(threshold, 1 << 30)  # bytes
 
 
 def rank() -> int:
@@ -157,9 +170,6 @@ def shard(model, **how):
         fully_shard(block, **how)
     fully_shard(model, **how)
     register_fsdp_forward_method(model, "run")
-    # Of bfloat16 weights the embedding would make a bfloat16 residual stream; it is float32 under
-    # autocast, where embeddings are not cast, and shall be here.
-    model.model.embed_tokens.register_forward_hook(lambda *call: call[-1].float())
     for part in fsdp_parts(model):  # gradients are summed, by plain sums: gloo knows no others
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
@@ -194,23 +204,57 @@ def release(model) -> None:
 
 
 @contextmanager
-def whole_weights(*models):
-    """Inside, each process has all weights of the models and may run them without the others."""
-    parts = [part for model in models for part in fsdp_parts(model)]
-    roots = {model for model in models if isinstance(model, FSDPModule)}
-    for model in roots:
-        fully_shard.state(model)._lazy_init()  # its first forward would do it, too late for this
+def whole_weights(model):
+    """Inside, each process may run the model that it is given without the others: on a GPU a `copy`
+    if weights are cast or gathered, else the model itself."""
+    device = next(model.parameters()).device
+    if device.type == "cuda" and (size() > 1 or halved(device)):
+        yield copy(model, halved(device))
+        return
+    parts = fsdp_parts(model)
+    gather_first(model)
     for part in parts:
         part.unshard()
-        if part not in roots:  # the roots stay gathered after a forward in any case
+        if part is not model:  # the root stays gathered after a forward in any case
             part.set_reshard_after_forward(False, recurse=False)
     try:
-        yield
+        yield model
     finally:
         for part in parts:
             part.reshard()
-            if part not in roots:
+            if part is not model:
                 part.set_reshard_after_forward(True, recurse=False)
+
+
+COPIES = weakref.WeakKeyDictionary()  # of models that learn: those that are sampled from
+
+
+def copy(model, bf16: bool):
+    """The model once more, with whole weights as they are computed with now, to sample from. It is
+    made once, then overwritten: a CUDA graph wants weights to stay where they are, and autocast
+    would cast all of them for each token."""
+    low, parts = torch.bfloat16 if bf16 else torch.float32, fsdp_parts(model)
+    if model not in COPIES:  # fully_shard gathers all in bfloat16, autocast casts linear layers
+        COPIES[model] = model.twin(low if parts else torch.float32, low)
+    into = dict(COPIES[model].named_parameters(remove_duplicate=False))
+    gather_first(model)
+    with torch.no_grad():
+        for prefix, part in list(model.named_modules()):
+            if part in parts:  # gathered a block at a time
+                part.unshard()
+            if part in (model, *parts):
+                for name, p in part.named_parameters(prefix, remove_duplicate=False):
+                    if not isinstance(p, DTensor):
+                        into[name].copy_(p)
+            if part in parts:
+                part.reshard()
+    return COPIES[model]
+
+
+def gather_first(model) -> None:
+    """What a sharded model's first forward would do, too late for who gathers it before."""
+    if isinstance(model, FSDPModule):
+        fully_shard.state(model)._lazy_init()
 
 
 # ------------------------------------------------------------------------------- life and death

@@ -28,12 +28,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import attention
+from attention import Cache, Layout, Step
 from checkpoint import ModelConfig
 from images import image_size
 from live import nbytes, passing, trained
-from model import Cache, DecoderLayer, Layout, PatchMerger, Qwen2VL, RMSNorm, VisionBlock
+from model import DecoderLayer, PatchMerger, Qwen2VL, RMSNorm, VisionBlock
 from optim import make_optimizers
-from rollout import draw, scaled_logits, token_logp
+from rollout import token_logp
+from sampling import draw, scaled_logits
 
 EVAL_BATCH = 64  # questions that evaluate.evaluate answers at a time
 MOMENTS = {"sampling": "sampling", "update": "the update", "step": "the optimizer's step"}
@@ -60,6 +63,11 @@ class Work:
     beta: float = 0.0
     eval_new: int = 0  # tokens of an answer in the evaluations; 0: there are none
     sft: bool = False  # nothing is sampled but in evaluations
+    gpu: bool = False  # attention is flash attention; weights to sample with stay, and so a cache
+
+    @property
+    def packed(self) -> bool:
+        return self.gpu and self.bf16
 
 
 @dataclass(frozen=True)
@@ -100,9 +108,11 @@ def of(cfg: ModelConfig, work: Work) -> Plan:
         model = Qwen2VL(cfg)
     blocks = [size(block) for block in (*model.visual.blocks, *model.model.layers)]
     N, root = size(model), size(model) - sum(blocks)
-    adam = sum(p.numel() for o in make_optimizers(model, work.optimizer, 1.0)
-               if isinstance(o, torch.optim.AdamW)
-               for group in o.param_groups for p in group["params"])  # fmt: skip
+    adam, muon = ([p.numel() for o in make_optimizers(model, work.optimizer, 1.0)
+                   if isinstance(o, torch.optim.AdamW) == kind
+                   for group in o.param_groups for p in group["params"]]
+                  for kind in (True, False))  # fmt: skip
+    adam, beside = sum(adam), 12 * max(muon, default=0)  # AdamW's step needs nothing beside
     shards, c = work.shards or work.processes, 2 if work.bf16 else 4  # bytes of a gathered weight
     models = 2 if work.beta else 1
     if work.processes > 1:
@@ -110,20 +120,26 @@ def of(cfg: ModelConfig, work: Work) -> Plan:
         # are whole, then float32, until they are shared out: of a block at once, of the root last.
         held = models * root * c
         gathered = N * c + held - root * c, held + root * c + max(blocks) * (4 * c + 4), held
-        beside = max(root * (c + 4), 4 * adam // shards)
-    else:  # autocast keeps copies of linear layers, of the model that learns
+        beside = max(root * (c + 4), beside)
+    else:  # autocast keeps copies of linear layers, of the model that learns; not of the head there
         copies = 2 * sum(size(m) for m in model.modules() if isinstance(m, nn.Linear)) * work.bf16
-        gathered, beside = (copies, copies, copies), 4 * adam
+        learns = copies - 2 * model.head.numel() * work.bf16
+        gathered = copies, learns, learns
+    sampled = batches(work)
+    if work.gpu and sampled and (work.processes > 1 or work.bf16):  # weights to sample with stay
+        gathered = [N * c + held for held in (gathered[2] * (work.processes > 1), *gathered[1:])]
     share = 4 * N // shards
-    fixed = {"weights": share, "reference": share * (models - 1),
+    fixed = {"weights": share, "reference": c * N // shards * (models - 1),
              "optimizer": 4 * (N + adam) // shards}  # fmt: skip
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=work.bf16):
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=work.bf16), \
+            attention.exact_on(*() if work.gpu else ("cpu",)):
         kept, extra = training(cfg, work)
-        sampled = [sampling(cfg, work, *batch) for batch in batches(work)]
+        sampled = [sampling(cfg, work, *batch) for batch in sampled]
     cache, during = max(sampled, key=sum, default=(0, 0))
+    stays = {"KV cache": max(cache for cache, _ in sampled)} if work.gpu and sampled else {}
     parts = ({"KV cache": cache, "temporary": during},
-             {"gradients": share, "kept for backward": kept, "temporary": extra},
-             {"gradients": share, "temporary": beside})  # fmt: skip
+             {**stays, "gradients": share, "kept for backward": kept, "temporary": extra},
+             {**stays, "gradients": share, "temporary": beside})  # fmt: skip
     moments = {name: {**fixed, "gathered weights": whole, **part}
                for name, whole, part in zip(MOMENTS, gathered, parts)}
     return Plan(cfg, work, N, moments, 4 * (2 * N + adam))
@@ -154,14 +170,16 @@ def training(cfg: ModelConfig, work: Work) -> tuple[int, int]:
     """Bytes that the forward pass of a micro-batch keeps, and those beyond at the worst moment."""
     B, G, T = min(work.micro, math.ceil(work.prompts / work.processes)), work.group, work.max_new
     x, v, turn, vturn, pixels = states(cfg, work, B, B * (work.tokens + G * T))
-    layout = Layout([work.tokens] * B, [[T] * G] * B if T else [])
-    layer, norm = (computing(m, work) for m in (DecoderLayer(cfg, 0), RMSNorm(x.shape[1], 1e-6)))
-    layer = trained(partial(layer, cos=turn, sin=turn, lay=layout, cache=None), x, work.recompute)
+    layout = Layout([work.tokens] * B, [[T] * G] * B if T else [], packed=work.packed)
+    layer, norm = (computing(m, work) for m in (DecoderLayer(cfg), RMSNorm(x.shape[1], 1e-6)))
+    layer = trained(partial(layer, cos=turn, sin=turn, lay=layout), x, work.recompute)
     learnt = x.new_empty(B * G * T or len(x), x.shape[1])  # what the head reads
-    head = torch.empty(cfg.vocab_size, x.shape[1], dtype=v.dtype, requires_grad=True)
+    kind = v.dtype if work.processes > 1 else torch.float32  # one process casts the head
+    head = torch.empty(cfg.vocab_size, x.shape[1], dtype=kind, requires_grad=True)
     ids = torch.empty(len(learnt), dtype=torch.int64)
     last = trained(lambda h: token_logp(h, head, ids)[0], learnt.to(v.dtype), also=(head,))
     text = cfg.num_hidden_layers * layer[0] + trained(norm, x)[0] + nbytes(x, turn, turn, learnt)
+    text += nbytes(layout.hidden)
     if not work.patches:
         return text, max(layer[1], sum(last))
     block, merger = (computing(m(cfg.vision), work) for m in (VisionBlock, PatchMerger))
@@ -177,26 +195,30 @@ def sampling(cfg: ModelConfig, work: Work, B: int, G: int, T: int) -> tuple[int,
     """Bytes of the KV cache for B prompts with G completions of T tokens, and what the worst moment
     needs beyond them: that of the tower, of the prompts, or of the last token."""
     x, v, turn, vturn, pixels = states(cfg, work, B, B * work.tokens)
-    layer, cache, layers = computing(DecoderLayer(cfg, 0), work), Cache(1, T), cfg.num_hidden_layers
-    read = passing(layer, x, turn, turn, Layout([work.tokens] * B), cache) + 2 * nbytes(x) + pixels
-    prompt, cache.length = nbytes(*cache.prompt[0]), T - 1
+    layer, layers = computing(DecoderLayer(cfg), work), cfg.num_hidden_layers
+    (like,), shape = attention.core(x[:0]), (B, G, cfg.num_key_value_heads, cfg.head_dim)
+    cache = Cache(1, shape, work.tokens, T, like.dtype, "cpu")
+    (kept,), slots = cache.layers, torch.arange(B)
+    layout = Layout([work.tokens] * B, slots=slots, packed=work.packed)
+    read = passing(layer, x, turn, turn, layout, kept) + 2 * nbytes(x) + pixels
     y, _, turn, *_ = states(cfg, work, B, B * G)
-    write = passing(layer, y, turn, turn, Layout([], [[1] * G] * B), cache)
-    own, head = nbytes(*cache.own[0]), torch.empty(cfg.vocab_size, cfg.hidden_size, dtype=v.dtype)
+    write = passing(layer, y, turn, turn, Step(cache, B, G, T), kept)
+    head = torch.empty(cfg.vocab_size, cfg.hidden_size, dtype=v.dtype)
 
     def choose(hidden):
         logits = scaled_logits(hidden, head, 1.0, torch.empty(0, dtype=torch.int64))
-        return draw(logits, torch.empty(len(logits))), logits.log_softmax(-1)
+        return draw(logits.softmax(-1), torch.empty(len(logits)))
 
-    whole = layers * (prompt + own)
-    # Beside the last token: a layer of the cache, which is copied when completions leave.
-    last = max(write - own, passing(choose, y.to(v.dtype)), prompt + own)
-    worst = [whole + last, layers * prompt + read - prompt]
+    whole = layers * nbytes(*kept)
+    # Beside the last token: one part of a layer, which is copied when completions leave.
+    last = max(write, passing(choose, y.to(v.dtype)), max(map(nbytes, kept)))
+    worst = [whole + last, whole + read]
     if work.patches:
         block, merger = (computing(m(cfg.vision), work) for m in (VisionBlock, PatchMerger))
         calls = [(slice(0, len(v)), B, work.patches)]
         tower = max(passing(block, v, vturn, vturn, calls), passing(merger, v)) + nbytes(v)
-        worst.append(tower + pixels * (2 if cfg.vision.window else 1))  # windows: in their order
+        pixels *= 2 if cfg.vision.window else 1  # windows: in their order
+        worst.append(whole + tower + pixels)
     return whole, max(worst) - whole
 
 

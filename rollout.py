@@ -1,89 +1,77 @@
 """Rollout: sampling G completions for each of B prompts, and gathering their log-probs.
 
-What we do differently from Hugging Face's `generate` and from a separate engine such as vLLM:
-- The vision tower and the prompt run once per group; all G completions read the same prompt keys
-  and values (model.attend_shared).
 - One distribution. A token is drawn from softmax(logits / temperature) over all tokens that are not
   banned, and `token_logp`, which the trainer uses, is the log-prob of exactly that distribution.
-  Top-p and top-k exist for evaluation only.
 - Vision special tokens are banned: a sampled image token would have no image
   (StarsfieldAI/R1-V#180, huggingface/trl#3847).
-- Each completion has random numbers of its own, fixed by (seed, its prompt's uid, its place in the
-  group). Which prompts share a batch changes nothing.
+- How tokens are drawn, and what of it is done once per group: sampling.py.
 
 Letters: B prompts, G completions per prompt, T new tokens, S packed tokens, D width, V vocabulary.
 """
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from attention import Layout, half
 from data import Processor, Prompt, collate
-from model import Cache, Layout, Qwen2VL
+from model import Qwen2VL
+from sampling import room_for, scaled_logits
 
-# ------------------------------------------------------------------------------ the distribution
-
-
-def scaled_logits(hidden: Tensor, head: Tensor, temperature: float, banned: Tensor) -> Tensor:
-    """Logits (S, V) of the distribution that is sampled from and trained: float32, but for the
-    product itself under bfloat16 autocast.
-
-    hidden (S, D), head (V, D), banned (n,) token ids that get probability 0.
-    """
-    # A gathered bfloat16 head stays so: as float32 it would be copied for each token sampled.
-    low = min(hidden.dtype, head.dtype, key=lambda dtype: dtype.itemsize)
-    logits = F.linear(hidden.to(low), head.to(low)).float() / temperature
-    return logits.index_fill(-1, banned, -torch.inf)
+# ------------------------------------------------------------------- log-probs of the distribution
 
 
-def token_logp(hidden, head, targets, temperature=1.0, banned=None, chunk=4096):
+def token_logp(hidden, head, targets, temperature=1.0, banned=None, chunk=1024):
     """Log-probs and entropies (S,) of `targets` (S,) given the hidden states (S, D) before them.
 
-    The head runs in chunks and is computed again in the backward pass, so that no (S, V) float32
-    tensor ever exists for more than `chunk` tokens (V is 151,936 in the real model). Entropies are
-    for the metrics and carry no gradient.
+    The head (V, D) runs in chunks, and again in the backward pass, so that a (tokens, V) float32
+    tensor exists for `chunk` tokens only (V is 151,936 in the real model). Entropies are for the
+    metrics and carry no gradient.
     """
     banned = targets.new_empty(0) if banned is None else banned
-
-    def one(h, w, t):
-        logp = scaled_logits(h, w, temperature, banned).log_softmax(-1)
-        entropy = torch.special.entr(logp.detach().exp()).sum(-1)
-        return logp.gather(-1, t[:, None])[:, 0], entropy
-
-    parts = [
-        checkpoint(one, h, head, t, use_reentrant=False)
-        for h, t in zip(hidden.split(chunk), targets.split(chunk))
-    ]
-    logp, entropy = (torch.cat(x) for x in zip(*parts))
-    return logp, entropy
+    hidden, head = half(hidden), half(head)
+    low = min(hidden.dtype, head.dtype, key=lambda dtype: dtype.itemsize)
+    return TokenLogp.apply(hidden.to(low), head.to(low), targets, temperature, banned, chunk)
 
 
-def nucleus(logits: Tensor, top_p: float, top_k: int) -> Tensor:
-    """Logits (N, V) with all but the top k at -inf, then all but the likeliest that hold `top_p`.
+class TokenLogp(torch.autograd.Function):
+    """token_logp with its gradient by hand: of log p(t), the logits' is onehot(t) - p. Autograd
+    would keep, or make anew, four tensors of a chunk's logits where this needs two."""
 
-    Holtzman et al. 2019, arXiv 1904.09751. 1.0 and 0 change nothing.
-    """
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p < 1:
-        ranked, order = logits.sort(descending=True)
-        p = ranked.softmax(-1)
-        ranked = ranked.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
-        logits = torch.empty_like(logits).scatter(-1, order, ranked)
-    return logits
+    @staticmethod
+    def forward(ctx, hidden, head, targets, temperature, banned, chunk):
+        ctx.save_for_backward(hidden, head, targets, banned)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        found = [
+            TokenLogp.logp(scaled_logits(h, head, temperature, banned), t)
+            for h, t in zip(hidden.split(chunk), targets.split(chunk))
+        ]
+        logp, entropy = (torch.cat(x) for x in zip(*found))
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
 
+    @staticmethod
+    def logp(logits, targets):
+        """Log-probs of targets, and entropies, by logits (S, V)."""
+        logits = logits.log_softmax(-1)
+        logp = logits.gather(-1, targets[:, None])[:, 0]
+        return logp, -logits.exp().mul_(logits).sum(-1)
 
-def draw(logits: Tensor, u: Tensor) -> Tensor:
-    """Token ids (N,) by inverting the cumulative distribution at uniforms u (N,) in [0, 1)."""
-    # float64: a parallel sum in float32 may rise by rounding where the probability is 0.
-    total = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    found = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0]
-    return found.clamp(max=logits.shape[-1] - 1)  # beyond only if logits are NaN: the update tells
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, head, targets, banned = ctx.saved_tensors
+        to_hidden, to_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
+        parts = (x.split(ctx.chunk) for x in (hidden, targets, grad, to_hidden))
+        for h, t, g, out in zip(*parts):
+            p = scaled_logits(h, head, ctx.temperature, banned).softmax(-1)
+            g = g[:, None] / ctx.temperature
+            p = (p.mul_(-g).scatter_add_(-1, t[:, None], g)).to(h.dtype)
+            torch.mm(p, head, out=out)
+            to_head += p.mT @ h
+            del p  # before the next chunk's
+        return to_hidden, to_head.to(head.dtype), None, None, None, None
+
 
 
 # -------------------------------------------------------------------------------------- sampling
@@ -154,89 +142,25 @@ def sample(
     uids: list[int] | None = None,
     top_p: float = 1.0,
     top_k: int = 0,
+    slots: int | None = None,
+    limits: Tensor | None = None,
 ) -> Rollout:
     """Sample `group` completions for each prompt; temperature 0 is greedy.
 
     uids (B,) name the prompts in the random numbers: a prompt with the same uid, seed and max_new
-    gets the same completions in any batch. Default: its place in the list.
+    gets the same completions in any batch. Default: its place in the list. slots: prompts in work
+    at a time, default all; when some have ended, the next ones come in. limits (B, G) or (B, 1):
+    tokens of a completion at most, where fewer than max_new.
     """
-    B, device = len(prompts), model.device
-    u = torch.stack([uniforms(seed, i, group, max_new) for i in uids or range(B)]).to(device)
-    hidden, cache, position = prefill(model, prompts, max_new)
-    banned = torch.tensor(processor.banned_ids, device=device)
-    stops = torch.tensor(processor.stop_ids, device=device)
-    ids = torch.zeros(B, group, max_new, dtype=torch.int64, device=device)
-    logp = torch.zeros(B, group, max_new, device=device)
-    lengths = torch.full((B, group), max_new, device=device)
-    finished = torch.zeros(B, group, dtype=torch.bool, device=device)
-
-    groups = torch.arange(B, device=device)  # (B',) prompts still in the batch
-    rows = torch.arange(group, device=device).expand(B, group)  # (B', G') completions still in it
-    hidden = hidden[:, None].expand(B, group, -1)
-    for t in range(max_new):
-        at = (groups[:, None], rows)
-        logits = scaled_logits(hidden.flatten(0, 1), model.head, temperature or 1.0, banned)
-        if temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            token = draw(nucleus(logits, top_p, top_k), u[(*at, t)].flatten())
-        logits = logits.log_softmax(-1).gather(-1, token[:, None])
-        shape = (len(groups), -1)
-        new = ~finished[at]  # finished completions that share a batch with others add nothing
-        ids[(*at, t)] = token.view(shape) * new
-        logp[(*at, t)] = logits.view(shape) * new
-        ended = torch.isin(token, stops).view(shape) & new
-        lengths[at] = torch.where(ended, t + 1, lengths[at])
-        finished[at] |= ended
-        token = token.view(shape)
-        if t % 4 == 3:  # asking costs a device a wait, and leaving costs a copy of the cache
-            if bool(finished.all()):
-                break
-            token, groups, rows, position = leave(finished, cache, token, groups, rows, position)
-        if t + 1 < max_new:
-            hidden = step(model, cache, token, position + t)
-    pairs = zip(ids.tolist(), lengths.tolist())
+    B = len(prompts)
+    slots = min(slots or B, B)
+    room = room_for(model, prompts, slots, group, max_new)
+    room.begin(processor, uids or range(B), seed, limits, (temperature, top_p, top_k))
+    room.run(model, prompts, slots)
+    tensors = [x[:B].clone() for x in (room.ids, room.lengths, room.logp, room.finished)]
+    pairs = zip(*(x.tolist() for x in tensors[:2]))
     texts = [[processor.decode(x[:n]) for x, n in zip(*pair)] for pair in pairs]
-    return Rollout(prompts, ids, lengths, logp, finished, texts)
-
-
-def uniforms(seed: int, uid: int, group: int, max_new: int) -> Tensor:
-    """Uniforms (G, T) in [0, 1), one for each token that a prompt's completions may have."""
-    return torch.from_numpy(np.random.default_rng((seed, uid)).random((group, max_new), "float32"))
-
-
-def prefill(model: Qwen2VL, prompts: list[Prompt], room: int) -> tuple[Tensor, Cache, Tensor]:
-    """Vision tower and prompts, once: last hidden states (B, D), cache, next positions (B,)."""
-    batch = collate(prompts).to(model.device)
-    cache = Cache(model.cfg.num_hidden_layers, room)
-    layout = Layout(batch.lengths, device=model.device)
-    hidden = model.run(batch.ids, batch.positions, layout, batch, cache)
-    return hidden[layout.prompt_lengths.cumsum(0) - 1], cache, batch.next_position
-
-
-def step(model: Qwen2VL, cache: Cache, token: Tensor, position: Tensor) -> Tensor:
-    """One token (B', G') of every completion at position (B',) -> hidden states (B', G', D)."""
-    B, G = token.shape
-    layout = Layout([], [[1] * G] * B, device=token.device)
-    positions = position.repeat_interleave(G).expand(3, -1)
-    return model(token.flatten(), positions, layout, cache=cache).view(B, G, -1)
-
-
-def leave(finished, cache, token, groups, rows, position):
-    """Drop finished completions from the batch when that makes it smaller by a quarter or more.
-
-    The batch stays a (B', G') rectangle: prompts with no completion left go, and of the others the
-    unfinished completions come first, G' being the most that any prompt still has.
-    """
-    live = ~finished[groups[:, None], rows]  # (B', G')
-    stay = live.any(1).nonzero()[:, 0]
-    width = int(live.sum(1).max())
-    if len(stay) * width > 0.75 * live.numel():
-        return token, groups, rows, position
-    order = live[stay].int().argsort(dim=1, descending=True, stable=True)[:, :width]
-    cache.keep(stay, order)
-    token, rows = (x[stay].gather(1, order) for x in (token, rows))
-    return token, groups[stay], rows, position[stay]
+    return Rollout(prompts, *tensors, texts)
 
 
 # ------------------------------------------------------------------------------------- log-probs

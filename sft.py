@@ -85,6 +85,7 @@ class Config:
     shard_group: int | None = opt(None, "processes that share one copy of the weights (HSDP), as "
                                   "those of a machine; default: all", least=1)
     recompute: bool = opt(False, "keep only the inputs of blocks for the backward pass")
+    compile: bool = opt(False, "fuse what blocks do by torch.compile: for a GPU")
 
     held_out: str | None = opt(None, "rows whose loss is measured, never learnt")
     evals: tuple[str, ...] = opt((), "NAME=SOURCE, answered greedily and scored before and after")
@@ -245,6 +246,7 @@ def memory_plan(cfg: Config, start, processor, rows, evals) -> plan.Plan:
         prompts=cfg.batch, group=1, max_new=new, micro=cfg.micro, **asked, sft=True,
         processes=parallel.size(), shards=cfg.shard_group, optimizer=cfg.optimizer, bf16=cfg.bf16,
         recompute=cfg.recompute, eval_new=cfg.max_new if evals else 0,
+        gpu=torch.cuda.is_available(),
     ))  # fmt: skip
 
 
@@ -278,7 +280,7 @@ def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNames
     state = run.numbers or {"step": 0, "bad": 0, "rows": len(rows)}
     with parallel.agreed():
         model = Qwen2VL.from_pretrained(run.checkpoint or start, device=device, shard=shard)
-        model = model.recompute_blocks() if cfg.recompute else model
+        model.prepare(cfg.compile, cfg.recompute)
         optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
         take_up(run, model, optimizers, len(rows))
         book = Logbook(cfg, run, seconds, stop, steps=steps, model=model, processor=processor,
@@ -303,13 +305,13 @@ def train(cfg: Config) -> dict:
 
         def measure(step: int) -> dict:
             """Held-out loss; the main process also writes answers to the probes."""
-            with seconds("eval"), half(), parallel.whole_weights(model):
+            with seconds("eval"), half(), parallel.whole_weights(model) as sampler:
                 if parallel.rank() == 0:
-                    journal.log_probes(book.out, step, model, processor, run.probes, scored,
+                    journal.log_probes(book.out, step, sampler, processor, run.probes, scored,
                                        cfg.max_new)
                 if not run.held_out:
                     return {}
-                return {"held_out_nll": held_out_loss(model, processor, run.held_out, cfg)}
+                return {"held_out_nll": held_out_loss(sampler, processor, run.held_out, cfg)}
 
         book.open()
         if "first" not in book.state:

@@ -49,17 +49,23 @@ def test_dealing_evens_out_and_loses_nothing():
 
 
 def test_every_row_is_in_one_part_and_parts_are_alike():
-    assert deal.parts(16, 4) == [list(range(i, i + 4)) for i in (0, 4, 8, 12)]
-    assert [len(rows) for rows in deal.parts(7, 3)] == [2, 2, 3]
-    assert deal.parts(3, 8) == [[0, 1, 2]]
+    assert deal.parts([1] * 16, 4) == [list(range(i, i + 4)) for i in (0, 4, 8, 12)]
+    assert [len(rows) for rows in deal.parts([1] * 7, 3)] == [2, 2, 3]
+    assert deal.parts([1] * 3, 8) == [[0, 1, 2]]
+
+
+def test_parts_keep_to_a_budget_but_for_a_row_that_is_larger_by_itself():
+    assert deal.parts([9, 4, 3, 3, 2, 1], 8, 7) == [[0], [1, 2], [3, 4, 5]]
+    assert deal.parts([2, 2, 2, 2], 2, 100) == [[0, 1], [2, 3]]
 
 
 def test_processes_agree_on_the_number_of_parts(monkeypatch):
     """5 rows here and 2 there, one at a time: five parts on both, three of them empty there."""
     monkeypatch.setattr(parallel, "gathered", lambda n: [5, 2])
-    assert [len(rows) for rows in deal.parts(5, 1)] == [1] * 5
-    assert [rows for rows in deal.parts(2, 1) if rows] == [[0], [1]]
-    assert len(deal.parts(2, 1)) == 5
+    assert [len(rows) for rows in deal.parts([1] * 5, 1)] == [1] * 5
+    assert [rows for rows in deal.parts([1] * 2, 1) if rows] == [[0], [1]]
+    assert len(deal.parts([1] * 2, 1)) == 5
+    assert deal.parts([3, 3], 8, 4) == [[0], [1], [], [], []]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +79,7 @@ def rollout(tmp_path_factory):
 def test_an_empty_micro_batch_runs_a_few_tokens_that_count_for_nothing(monkeypatch, rollout):
     monkeypatch.setattr(parallel, "gathered", lambda n: [n, 5] if type(n) is int else [n])
     weights = torch.rand(rollout.mask.shape)
-    micros = deal.micro_batches(rollout, torch.ones(3, 2), rollout.mask, weights, 1)
+    micros = deal.micro_batches(rollout, torch.ones(3, 2), rollout.mask, weights, 1, None)
     assert len(micros) == 5
     real = [m for m in micros if m[4].any()]
     assert [m[0].prompts[0].text for m in real] == [p.text for p in rollout.prompts]

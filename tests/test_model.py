@@ -9,7 +9,6 @@ S packed tokens, P patches, C numbers per patch, V vocabulary.
 """
 
 import functools
-import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -19,14 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.vision_utils import get_vision_window_index
 
-import model as model_file
+import attention
+from attention import Cache, Layout, Step
 from checkpoint import ModelConfig, hub_name
 from data import Processor
 from model import (
-    Cache,
-    Layout,
     Qwen2VL,
-    attend_shared,
     mrope,
     patch_places,
     rotate,
@@ -120,12 +117,33 @@ def pack(prompts: list[Prompt], completions=()):
 def run(model, prompts: list[Prompt], completions=(), cache=None):
     """Hidden states, vision tower included: B of (L, D), and B rows of G of (T, D)."""
     ids, positions, layout, image_at = pack(prompts, completions)
+    if cache is not None:
+        layout.slots = torch.arange(len(prompts))
+        cache.enter(layout)
     patches, grid = (torch.cat([getattr(p, k) for p in prompts]) for k in ("patches", "grid"))
     features = model.visual(patches, grid) if len(grid) else None
     hidden = model(ids, positions, layout, features, image_at, cache)
     texts = [p.ids for p in prompts] + [c for row in completions for c in row]
     parts = iter(hidden.split([len(text) for text in texts]))
     return [next(parts) for _ in prompts], [[next(parts) for _ in row] for row in completions]
+
+
+def prefill(model, prompts: list[Prompt], G: int, room: int):
+    """Last hidden states (B, D) of prompts, a cache with them in it, their next positions (B,)."""
+    cfg, longest = model.cfg, max(len(p.ids) for p in prompts)
+    shape = (len(prompts), G, cfg.num_key_value_heads, cfg.head_dim)
+    cache = Cache(cfg.num_hidden_layers, shape, longest, room, torch.float32, "cpu")
+    hidden = torch.stack([h[-1] for h in run(model, prompts, cache=cache)[0]])
+    return hidden, cache, torch.stack([p.positions.max() + 1 for p in prompts])
+
+
+def step(model, cache: Cache, token: Tensor, position: Tensor, span: int) -> Tensor:
+    """Hidden states (B', G', D) after one more token (B', G') at position (B',)."""
+    B, G = token.shape
+    positions = position.repeat_interleave(G).expand(3, -1)
+    hidden = model(token.flatten(), positions, Step(cache, B, G, span), cache=cache)
+    cache.lengths[:B] += 1
+    return hidden.view(B, G, -1)
 
 
 def logits(model, prompts: list[Prompt]) -> Tensor:
@@ -372,62 +390,7 @@ def test_a_gpu_computes_what_the_cpu_does(pair, shape):
     assert_near(found.cpu(), model.visual(p.patches, p.grid), 1e-3)
 
 
-# ------------------------------------------------------------------------------- packed sequences
-
-
-def test_packed_tokens_go_to_their_rows_and_back():
-    layout = Layout([2, 3], [[0, 2], [1, 1]])
-    x = torch.arange(1.0, 6)
-    padded = model_file.unpack(x, layout.prompt_at, layout.B, layout.L)
-    assert padded.tolist() == [[1, 2, 0], [3, 4, 5]]
-    assert model_file.repack(padded, layout.prompt_at).tolist() == x.tolist()
-    assert layout.prompt_mask.tolist() == [[True, True, False], [True, True, True]]
-    own = model_file.unpack(torch.arange(1.0, 5), layout.completion_at, 4, layout.T)
-    assert own.tolist() == [[0, 0], [1, 2], [3, 0], [4, 0]]
-    assert (layout.groups, layout.S_prompt) == ((2, 2), 5)
-
-
-def test_equal_lengths_are_neither_copied_nor_masked():
-    layout = Layout([3, 3], [[2], [2]])
-    assert layout.prompt_at is layout.completion_at is layout.prompt_mask is None
-    x = torch.arange(6.0)
-    assert model_file.unpack(x, None, 2, 3).data_ptr() == x.data_ptr()
-
-
 # --------------------------------------------------------------------------------------- decoder
-
-
-def test_completions_average_what_they_may_see():
-    """Queries of zero attend equally, so the output is the mean of the visible values.
-
-    Prompt values 1, 3; own values 5, 7. Token 0 sees 1, 3, 5; token 1 sees all four.
-    """
-    q, k = torch.zeros(1, 1, 2, 1, 1), torch.randn(1, 1, 1, 2, 1)
-    v = torch.tensor([5.0, 7.0]).view(1, 1, 1, 2, 1)
-    prompt_v = torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
-    y = attend_shared(q, k, v, torch.randn(1, 1, 2, 1), prompt_v)
-    assert_near(y.flatten(), torch.tensor([3.0, 4.0]), 1e-6)
-    mask = torch.tensor([[True, False]])  # the prompt is one token long
-    y = attend_shared(q, k, v, torch.randn(1, 1, 2, 1), prompt_v, mask)
-    assert_near(y.flatten(), torch.tensor([3.0, 13 / 3]), 1e-6)
-    y = attend_shared(q[:, :, 1:], k, v, torch.randn(1, 1, 2, 1), prompt_v)  # the last of two
-    assert_near(y.flatten(), torch.tensor([4.0]), 1e-6)
-
-
-def test_attend_shared_is_one_softmax_over_prompt_and_own_keys():
-    """Naive twin: each completion, each head, alone; query head h reads key head h // R."""
-    B, G, T, S, H, K, L, d = 2, 3, 2, 4, 6, 2, 5, 4
-    gen = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(B, G, *x, d, generator=gen) for x in ((T, H), (K, S), (K, S)))
-    prompt_k, prompt_v = (torch.randn(B, K, L, d, generator=gen) for _ in range(2))
-    lengths = [5, 3]
-    y = attend_shared(q, k, v, prompt_k, prompt_v, torch.arange(L) < torch.tensor(lengths)[:, None])
-    for b, g, t, h in torch.cartesian_prod(*map(torch.arange, (B, G, T, H))).tolist():
-        n, own, j = lengths[b], S - T + t + 1, h // (H // K)
-        keys = torch.cat((prompt_k[b, j, :n], k[b, g, j, :own]))
-        values = torch.cat((prompt_v[b, j, :n], v[b, g, j, :own]))
-        p = (keys @ q[b, g, t, h] / math.sqrt(d)).softmax(0)
-        assert_near(y[b, g, t, h], p @ values, 1e-5)
 
 
 def awkward(reference) -> list[Prompt]:
@@ -486,7 +449,7 @@ def test_recomputed_blocks_give_the_same_gradient_and_keep_less(tmp_path, family
     """What a block saves for the backward pass is gone after its forward; each runs once more."""
     folder = make_checkpoint(tmp_path / "model", family=family)
     qwen, again = (Qwen2VL.from_pretrained(folder) for _ in range(2))
-    again.recompute_blocks()
+    again.prepare(recompute=True)
     prompts = awkward(load_reference(folder))
     kept, found = [], []
     for model in (qwen, again):
@@ -508,14 +471,11 @@ def test_recomputed_blocks_give_the_same_gradient_and_keep_less(tmp_path, family
 def test_greedy_continuation_equals_transformers_token_for_token(pair, shape):
     _, model, reference = pair(shape)
     prompts, new = awkward(reference)[:3], 12
-    cache = Cache(model.cfg.num_hidden_layers, new)
-    hidden = torch.stack([h[-1] for h in run(model, prompts, cache=cache)[0]])
-    position = torch.stack([p.positions.max() + 1 for p in prompts])
+    hidden, cache, position = prefill(model, prompts, 1, new)
     tokens = []
     for t in range(new):
         tokens.append((hidden @ model.head.T).argmax(-1))  # (B,)
-        layout = Layout([], [[1]] * len(prompts))
-        hidden = model(tokens[-1], (position + t).expand(3, -1), layout, cache=cache)
+        hidden = step(model, cache, tokens[-1][:, None], position + t, t + 1)[:, 0]
     for p, ours in zip(prompts, torch.stack(tokens, 1)):
         images = {"pixel_values": p.patches, "image_grid_thw": p.grid} if len(p.grid) else {}
         config = GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=PAD)
@@ -656,15 +616,13 @@ def test_what_fills_the_padding_reaches_no_token(pair, monkeypatch):
         return out.view(rows, width, *x.shape[1:])
 
     def everything():
-        cache = Cache(model.cfg.num_hidden_layers, 1)
         of_prompts, of_completions = run(model, prompts, completions)
-        run(model, prompts, cache=cache)
-        positions = torch.stack([p.positions.max() + 1 for p in prompts]).expand(3, -1)
-        step = model(torch.tensor([1, 2, 3]), positions, Layout([], [[1]] * 3), cache=cache)
-        return torch.cat([*of_prompts, *(own for row in of_completions for own in row), step])
+        _, cache, position = prefill(model, prompts, 1, 1)
+        after = step(model, cache, torch.tensor([[1], [2], [3]]), position, 1)[:, 0]
+        return torch.cat([*of_prompts, *(own for row in of_completions for own in row), after])
 
     clean = everything()
-    monkeypatch.setattr(model_file, "unpack", unpack_with_noise)
+    monkeypatch.setattr(attention, "unpack", unpack_with_noise)
     assert torch.equal(everything(), clean)
     assert sum(filled) > 0
 
@@ -684,39 +642,29 @@ def test_a_ragged_batch_equals_its_prompts_alone(pair):
 # ------------------------------------------------------------------------------------------ cache
 
 
-def decode(model, prompts, ids: Tensor, pieces, keep=None) -> Tensor:
-    """Hidden states (B, G, T, D) of completions `ids` (B, G, T), fed in pieces after a prefill.
+def decode(model, prompts, ids: Tensor, keep=None) -> Tensor:
+    """Hidden states (B, G, T, D) of completions `ids` (B, G, T), a token at a time after a prefill.
 
-    keep: (piece, groups, rows): before that piece all others leave; the result is (B', G', T', D)
-    of the pieces from there on.
+    keep: (step, groups, rows): before that step all others leave; the result is (B', G', T', D) of
+    the tokens from there on.
     """
-    cache = Cache(model.cfg.num_hidden_layers, ids.shape[2])
-    run(model, prompts, cache=cache)
-    position = torch.stack([p.positions.max() + 1 for p in prompts])
-    out, t = [], 0
-    for i, n in enumerate(pieces):
-        if keep is not None and i == keep[0]:
-            cache.keep(*keep[1:])
+    _, cache, position = prefill(model, prompts, *ids.shape[1:])
+    out = []
+    for t in range(ids.shape[2]):
+        if keep is not None and t == keep[0]:
+            cache.keep(*keep[1:], t)
             ids, position, out = ids[keep[1][:, None], keep[2]], position[keep[1]], []
-        B, G = ids.shape[:2]
-        positions = (position[:, None, None] + t + torch.arange(n)).expand(B, G, n)
-        hidden = model(
-            ids[:, :, t : t + n].flatten(), positions.flatten().expand(3, -1),
-            Layout([], [[n] * G] * B), cache=cache,
-        )  # fmt: skip
-        out.append(hidden.view(B, G, n, -1))
-        t += n
-    return torch.cat(out, 2)
+        out.append(step(model, cache, ids[:, :, t], position + t, t + 1))
+    return torch.stack(out, 2)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pieces", [[1] * 6, [3, 1, 2], [6]])
 @pytest.mark.parametrize("shape", [*[*SHAPES][:2], "2.5, ratio 2, tied"])
-def test_prefill_and_steps_equal_one_forward(pair, shape, pieces):
+def test_prefill_and_steps_equal_one_forward(pair, shape):
     _, model, reference = pair(shape)
     prompts, completions = groups_of(reference, [[6, 6]] * 3)
     ids = torch.stack([torch.stack(row) for row in completions])
-    found = decode(model, prompts, ids, pieces)
+    found = decode(model, prompts, ids)
     for b, p in enumerate(prompts):
         for g in range(2):
             ((alone,), _) = run(model, [p.then(ids[b, g])])
@@ -732,23 +680,6 @@ def test_keep_leaves_the_results_of_those_who_stay_unchanged(pair, size):
     ids = torch.stack([torch.stack(row) for row in completions])
     groups = torch.tensor([2, 0] if size == 3 else [0])  # the middle prompt leaves, order turns
     rows = torch.tensor([[2, 0], [1, 2]] if size == 3 else [[2, 0]])
-    all_of_them = decode(model, prompts, ids, [1] * 6)
-    kept = decode(model, prompts, ids, [1] * 6, (3, groups, rows))
+    all_of_them = decode(model, prompts, ids)
+    kept = decode(model, prompts, ids, (3, groups, rows))
     assert_near(kept, all_of_them[groups[:, None], rows][:, :, 3:], 1e-5)
-
-
-# ------------------------------------------------------------------------------------ refusals
-
-
-def test_a_full_cache_refuses_another_token():
-    cache, k = Cache(layers=1, room=2), torch.ones(1, 1, 1, 1, 4)
-    for _ in range(2):
-        cache.extend(0, k, k)
-        cache.length += 1
-    with pytest.raises(AssertionError, match="no room"):
-        cache.extend(0, k, k)
-
-
-def test_prompts_with_unequal_numbers_of_completions_are_refused():
-    with pytest.raises(AssertionError, match="G completions"):
-        Layout([1, 1], [[1, 1, 1], [1]])

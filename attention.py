@@ -1,0 +1,285 @@
+"""Attention over packed tokens: who attends to whom, and the keys and values of sampling.
+
+Source: DESIGN of what R1-V's peers repeat: a prompt with G completions is one prompt here. Its
+completions attend to the one copy of its keys and values, in sampling and in training, with
+gradient. It is exact; tests/test_model.py compares it with the repeated batch.
+
+What attention computes in: bfloat16 on a GPU, where autocast says so; float32 on a CPU in any case,
+since bfloat16 attention takes twice as long in its backward pass there (LOG.md).
+
+Three ways to run it, one softmax:
+- `attend_packed`, a GPU in half precision: one call of variable-length flash attention for prompts
+  and completions, without padding; the keys of a prompt are gathered for each completion.
+- `attend_shared`, anywhere: padded rows; the keys of a prompt are read once per group.
+- `attend`: PyTorch's own, for prompts and for the frames of the vision tower.
+
+Letters: B prompts, G completions per prompt, L prompt tokens, T completion tokens, S packed tokens,
+N sequences, H heads, K key/value heads, R = H/K, d head width.
+"""
+
+import functools
+import inspect
+import itertools
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def half(x: Tensor) -> Tensor:
+    """x as autocast computes with it: cast once, not by each linear layer that reads it."""
+    kind = device_of(x)
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def device_of(x: Tensor) -> str:
+    """The kind of x's device, for autocast, which does not know "meta"."""
+    kind = x.device.type
+    return kind if torch.amp.is_autocast_available(kind) else "cpu"
+
+
+EXACT = ["cpu"]  # kinds of devices on which attention computes in float32
+
+
+@contextmanager
+def exact_on(*kinds: str):
+    """Inside, these are the kinds. plan.py looks at a GPU's memory with tensors of a CPU."""
+    before, EXACT[:] = list(EXACT), kinds
+    try:
+        yield
+    finally:
+        EXACT[:] = before
+
+
+def core(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in what attention computes in."""
+    return [x.float() if x.device.type in EXACT else half(x) for x in tensors]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
+    """F.scaled_dot_product_attention in `core` precision."""
+    q, k, v = core(q, k, v)
+    with torch.autocast(device_of(q), enabled=False):
+        return F.scaled_dot_product_attention(q, k, v, **how)
+
+
+def attend_shared(q, k, v, prompt_k, prompt_v, hidden=None) -> Tensor:
+    """Completions attend to their group's one prompt and to themselves, in one softmax.
+
+    q (B, G, T, H, d); own k, v (B, G, K, S, d); prompt_k, prompt_v (B, K, L, d); hidden (B or 1, T
+    or 1, L + S) True on keys that must not be seen -> (B, G, T, H, d). The prompt's keys are read
+    once per group: all queries of a group are rows of one product.
+    """
+    (B, G, T, H, d), (K, S), L = q.shape, k.shape[2:4], prompt_k.shape[2]
+    R = H // K
+    q = q.view(B, G, T, K, R, d).permute(0, 3, 1, 4, 2, 5) * d**-0.5  # (B, K, G, R, T, d)
+    to_prompt = (q.reshape(B, K, -1, d) @ prompt_k.mT).view(B, K, G, R, T, L)
+    q = q.transpose(1, 2).reshape(B, G, K, R * T, d)
+    to_own = (q @ k.mT).view(B, G, K, R, T, S)
+    scores = torch.cat((to_prompt.transpose(1, 2), to_own), -1)  # (B, G, K, R, T, L + S)
+    if hidden is not None:
+        scores.masked_fill_(hidden[:, None, None, None], -torch.inf)
+    p = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    on_prompt, on_own = p.split((L, S), -1)
+    y = on_own.reshape(B, G, K, R * T, S) @ v
+    z = on_prompt.transpose(1, 2).reshape(B, K, -1, L) @ prompt_v
+    y = y.view(B, G, K, R, T, d) + z.view(B, K, G, R, T, d).transpose(1, 2)
+    return y.permute(0, 1, 4, 2, 3, 5).reshape(B, G, T, H, d)
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, packed: "Packed") -> Tensor:
+    """The same for q (S, H, d), k and v (S, K, d) without padding -> (S, H, d)."""
+    # Gathered in float32: so are the gradients added up that a prompt gets from its completions.
+    k, v = (x.float().index_select(0, packed.keys) for x in (k, v))
+    q, k, v = core(q, k, v)
+    return packed.flash(q, k, v, packed.cu_q, packed.cu_k, packed.most_q, packed.most_k)
+
+
+@functools.cache
+def flash():
+    """Causal variable-length flash attention (q, k, v, cu_q, cu_k, most_q, most_k) of PyTorch. What
+    it imports sets up torch.compile, so it is imported when it is needed."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    grouped = {"enable_gqa": True} if "enable_gqa" in known else {}  # torch 2.11 need not be told
+    return functools.partial(varlen_attn, window_size=(-1, 0), **grouped)
+
+
+class Packed:
+    """The sequences of a Layout for variable-length attention: prompts, then completions, each of
+    which has its prompt's keys before its own. Flash attention aligns the last query with the last
+    key, so its causal mask is right for both.
+
+    keys: index (all keys,) of packed tokens; cu_q, cu_k (N + 1,) int32: where sequences start.
+    """
+
+    def __init__(self, prompts: list[int], completions, device):
+        starts = list(itertools.accumulate((*prompts, *itertools.chain(*completions)), initial=0))
+        first = [range(a, a + n) for a, n in zip(starts, prompts)]
+        keys, queries, at = [[r] for r in first], list(prompts), len(prompts)
+        for prompt, row in zip(first, completions):
+            for n in row:
+                if n:
+                    keys.append([prompt, range(starts[at], starts[at] + n)])
+                    queries.append(n)
+                at += 1
+        self.flash = flash()
+        lengths = [sum(map(len, ranges)) for ranges in keys]
+        self.most_q, self.most_k = max(queries), max(lengths)
+        flat = [torch.arange(r.start, r.stop) for ranges in keys for r in ranges]
+        self.keys = torch.cat(flat).to(device)
+        self.cu_q, self.cu_k = (
+            torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32, device=device)
+            for x in (queries, lengths)
+        )
+
+
+# ------------------------------------------------------------------------------- packed sequences
+
+
+class Layout:
+    """Where packed tokens stand: prompt 1, ..., prompt B, then the completions of prompt 1, ..., of
+    prompt B; and in the padded inputs of attention. Padding is on the right.
+
+    prompts: B lengths. completions: B rows of G lengths. slots (B,): the places of the prompts in
+    a Cache that they are to be written to. packed: whether by attend_packed; None: if it can be.
+    """
+
+    def __init__(self, prompts: list[int], completions=(), device="cpu", slots=None, packed=None):
+        self.B, self.L = len(prompts), max(prompts, default=0)
+        self.prompt_at = places(prompts, device)
+        self.prompt_lengths = torch.tensor(prompts, device=device)
+        self.S_prompt, self.slots = sum(prompts), slots
+        assert len({len(row) for row in completions}) <= 1, "every prompt has G completions"
+        flat = [n for row in completions for n in row]
+        self.T, self.G = max(flat, default=0), len(flat) // max(1, len(completions))
+        self.completion_at = places(flat, device)
+        self.prompt_seen = torch.arange(self.L, device=device) < self.prompt_lengths[:, None]
+        ragged, T = self.S_prompt != self.B * self.L, self.T
+        later = torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
+        unseen = ~(self.prompt_seen if ragged else self.prompt_seen[:1])[:, None]  # (B or 1, 1, L)
+        self.hidden = torch.cat((unseen.expand(-1, T, -1), later.expand(len(unseen), -1, -1)), -1)
+        packed = halved(device) if packed is None else packed
+        self.packed = Packed(prompts, completions, device) if packed else None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, kept=None) -> Tensor:
+        """q (S, H, d), k, v (S, K, d) -> (S, H, d). kept: a layer of a Cache, which then holds the
+        keys and values of the prompts."""
+        n, d = self.S_prompt, q.shape[-1]
+        qp, kp, vp = (
+            unpack(x[:n], self.prompt_at, self.B, self.L).transpose(1, 2) for x in (q, k, v)
+        )
+        if kept is not None:
+            for own, new in zip(kept, (kp, vp)):
+                own[self.slots, :, : self.L] = new.to(own.dtype)
+        if self.packed:
+            return attend_packed(q, k, v, self.packed)
+        y = attend(qp, kp, vp, is_causal=True, enable_gqa=True)
+        out = [repack(y.transpose(1, 2), self.prompt_at)]
+        if self.T:
+            rows, shape = self.B * self.G, (self.B, self.G, self.T, -1, d)
+            qc, kc, vc = (
+                unpack(x[n:], self.completion_at, rows, self.T).view(shape) for x in (q, k, v)
+            )
+            kc, vc = kc.transpose(2, 3), vc.transpose(2, 3)  # (B, G, K, T, d)
+            qc, kc, vc, kp, vp = core(qc, kc, vc, kp, vp)
+            with torch.autocast(device_of(q), enabled=False):
+                y = attend_shared(qc, kc, vc, kp, vp, self.hidden)
+            out.append(repack(y.flatten(0, 1), self.completion_at))
+        return torch.cat(out)
+
+
+def halved(device) -> bool:
+    """Whether a GPU computes in half precision now, which flash attention asks for."""
+    return torch.device(device).type == "cuda" and torch.is_autocast_enabled("cuda")
+
+
+def places(lengths: list[int], device) -> Tensor | None:
+    """Flat index (S,) of packed tokens in a (rows, max length) grid; None if all are equal."""
+    width = max(lengths, default=0)
+    if all(n == width for n in lengths):
+        return None
+    n = torch.tensor(lengths, device=device)
+    return (torch.arange(width, device=device) < n[:, None]).flatten().nonzero()[:, 0]
+
+
+def unpack(x: Tensor, at: Tensor | None, rows: int, width: int) -> Tensor:
+    """Packed (S, ...) -> padded with zeros (rows, width, ...)."""
+    if at is None:
+        return x.view(rows, width, *x.shape[1:])
+    out = x.new_zeros(rows * width, *x.shape[1:]).index_copy(0, at, x)
+    return out.view(rows, width, *x.shape[1:])
+
+
+def repack(x: Tensor, at: Tensor | None) -> Tensor:
+    """Padded (rows, width, ...) -> packed (S, ...)."""
+    x = x.flatten(0, 1)
+    return x if at is None else x[at]
+
+
+# ---------------------------------------------------------------------------------------- sampling
+
+
+class Cache:
+    """Keys and values while sampling, in B slots: of each a prompt's (once) and its G completions'.
+
+    layers: [prompt k, v (B, K, L, d), own k, v (B, G, K, room, d)]. lengths (B,): own tokens that
+    a slot holds. seen (B, L): the prompts' real tokens. Its memory stays where it is, whatever
+    comes and goes: a CUDA graph reads it.
+    """
+
+    def __init__(self, layers: int, shape: tuple, longest: int, room: int, dtype, device):
+        """shape: (B, G, K, d); longest: L."""
+        B, G, K, d = shape
+        self.room = room
+        self.layers = [
+            [torch.zeros(B, *rest, d, dtype=dtype, device=device)  # zeros: hidden must be finite
+             for rest in ((K, longest), (K, longest), (G, K, room), (G, K, room))]
+            for _ in range(layers)
+        ]  # fmt: skip
+        self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
+        self.seen = torch.zeros(B, longest, dtype=torch.bool, device=device)
+
+    def enter(self, layout: Layout) -> None:
+        """Prompts come into layout.slots; their keys and values follow, layer by layer."""
+        self.seen[layout.slots] = False
+        self.seen[layout.slots, : layout.L] = layout.prompt_seen
+        self.lengths[layout.slots] = 0
+
+    def keep(self, slots: Tensor, rows: Tensor, span: int) -> None:
+        """Slots (B',) with their completions `rows` (B', G') become the first ones. span: own
+        tokens at most."""
+        B, G = rows.shape
+        for layer in self.layers:
+            for x in layer[:2]:
+                x[:B] = x[slots]
+            for x in layer[2:]:
+                x[:B, :G, :, :span] = x[slots[:, None], rows, :, :span]
+        self.lengths[:B], self.seen[:B] = self.lengths[slots], self.seen[slots]
+
+
+class Step:
+    """The layout of sampling: one token of each of G completions in the first B slots of a cache.
+    span: own tokens at most, the new one included."""
+
+    def __init__(self, cache: Cache, B: int, G: int, span: int):
+        self.B, self.G, self.span = B, G, span
+        self.at = torch.arange(B, device=cache.lengths.device)
+        # A slot whose completions have all ended may be full; it goes on, and is not read.
+        self.lengths = cache.lengths[:B].clamp(max=cache.room - 1)
+        own = torch.arange(span, device=self.at.device) <= self.lengths[:, None]
+        self.hidden = ~torch.cat((cache.seen[:B], own), -1)[:, None]  # (B, 1, L + span)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, kept: list) -> Tensor:
+        """q (B G, H, d), k, v (B G, K, d) of the new tokens -> (B G, H, d)."""
+        B, G, d = self.B, self.G, q.shape[-1]
+        q, k, v = core(q, k, v)
+        for own, new in zip(kept[2:], (k, v)):
+            own[:B, :G][self.at, :, :, self.lengths] = new.view(B, G, -1, d)
+        prompt_k, prompt_v = kept[0][:B], kept[1][:B]
+        own_k, own_v = (own[:B, :G, :, : self.span] for own in kept[2:])
+        with torch.autocast(device_of(q), enabled=False):
+            y = attend_shared(q.view(B, G, 1, -1, d), own_k, own_v, prompt_k, prompt_v, self.hidden)
+        return y.view(B * G, -1, d)
