@@ -20,7 +20,7 @@ RUN := $(PY) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --nproc_per_n
 ROWS = $(if $(DATA),--data "$(DATA)") $(if $(IMAGES),--images "$(IMAGES)")
 SOURCES = $(if $(MODEL),--model "$(MODEL)") $(ROWS)
 
-.PHONY: help train sft distill eval test test-all tiny controls paper pictures clean .venv
+.PHONY: help train sft distill eval test test-all bench tiny controls paper pictures clean .venv
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -46,6 +46,14 @@ test: $(READY)  ## style and the whole test suite, on the CPU
 test-all: $(READY)  ## the slow tests too
 	$(if $(VENV),$(PY) -m ruff check .)
 	$(PY) -m pytest $(ARGS)
+
+bench: $(READY) $(if $(PEERS),.venv-peers/ready)  ## a step's seconds beside a naive twin's; PEERS=1: beside TRL's too (.venv-peers)
+	$(PY) bench.py $(if $(PEERS),--peers true) $(ARGS)
+
+.venv-peers/ready: bench/requirements-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 tiny: $(READY)  ## build the tiny checkpoint anew, from nothing, into tiny/ (about 35 minutes)
 	$(PY) tiny.py --out tiny --replace

@@ -104,6 +104,13 @@ def layer_weights(cfg: ModelConfig) -> int:
     return 2 * D * D + 2 * D * kv + 3 * D * cfg.intermediate_size
 
 
+def rows_run(prompts: list[int], completions: list[list[int]]) -> tuple[int, int]:
+    """Tokens that a decoder layer runs, and the rows that leave the last one, where nothing else
+    has a query's output or an MLP: one for each sampled token, which it predicts."""
+    flat = [n for row in completions for n in row]
+    return sum(prompts) + sum(max(0, n - 1) for n in flat), sum(flat)
+
+
 def patches_of(image) -> int:
     """Patches of an image: a number, or the product of its grid (moments, rows, columns)."""
     return image if isinstance(image, int) else math.prod(image)
@@ -153,7 +160,8 @@ def forward_flops(
 
     prompts: B lengths, the tokens of images among them. completions: B rows of G lengths, the end
     token among them. patches: of each image, see vision_pairs. A group has its prompt and images
-    once; the last token of a completion is not run; the head sees what predicts a sampled token.
+    once; the last token of a completion is not run; the head, and the last layer once it has
+    attended, see only what predicts a sampled token.
     Attention counts the pairs that see each other, which are what flash attention on a GPU
     (attention.attend_packed) computes, but for the edges of its blocks. padded: all that a
     rectangle of the longest holds, masked ones too, as on a CPU (attention.attend_shared).
@@ -165,12 +173,14 @@ def forward_flops(
     else:
         pairs = sum(n * (n + 1) // 2 for n in (*prompts, *flat))
         pairs += sum(length * sum(row) for length, row in zip(prompts, fed))
-    tokens, layers = sum(prompts) + sum(flat), cfg.num_hidden_layers
+    (tokens, rows), D = rows_run(prompts, completions), cfg.hidden_size
+    layers = cfg.num_hidden_layers
+    after = D * (D + 3 * cfg.intermediate_size)  # a query's output, and the MLP
     return {
         **vision_flops(cfg, patches),
-        "decoder": 2 * tokens * layers * layer_weights(cfg),
-        "attention": 4 * pairs * layers * cfg.hidden_size,
-        "head": 2 * sum(map(sum, completions)) * cfg.hidden_size * cfg.vocab_size,
+        "decoder": 2 * (tokens * layers * layer_weights(cfg) + (rows - tokens) * after),
+        "attention": 4 * pairs * layers * D,
+        "head": 2 * rows * D * cfg.vocab_size,
     }
 
 
@@ -183,8 +193,9 @@ def training_flops(cfg, prompts, completions, patches, recompute=False, padded=F
     pixels = 2 * P * pixels_of(cfg) * v.embed_dim
     flops = 3 * sum(forward.values()) + forward["head"] - pixels
     if recompute:
-        tokens = sum(prompts) + sum(max(0, n - 1) for row in completions for n in row)
-        last = 2 * tokens * cfg.num_hidden_layers * cfg.hidden_size * cfg.intermediate_size
+        tokens, rows = rows_run(prompts, completions)
+        last = 2 * (tokens * (cfg.num_hidden_layers - 1) + rows)
+        last *= cfg.hidden_size * cfg.intermediate_size
         last += 2 * P * v.depth * v.embed_dim * v.intermediate_size
         flops += sum(forward[part] for part in ("vision", "decoder", "attention")) - pixels - last
     return flops

@@ -264,12 +264,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, cfg.num_key_value_heads * d)
         self.o_proj = nn.Linear(cfg.num_attention_heads * d, D, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lay: Layout | Step, kept=None):
-        """x (S, D) -> (S, D). kept: this layer of a Cache, if any."""
+    def forward(self, x: Tensor, cos, sin, lay: Layout | Step, kept=None, wanted=None):
+        """x (S, D) -> (S, D), or (W, D) of the rows wanted (W,). kept: this layer of a Cache."""
         x = half(x)
         q, k, v = (p(x).view(len(x), -1, self.d) for p in (self.q_proj, self.k_proj, self.v_proj))
         y = lay.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, kept)
-        return self.o_proj(y.flatten(1))
+        return self.o_proj(rows_of(y.flatten(1), wanted))
+
+
+def rows_of(x: Tensor, wanted: Tensor | None) -> Tensor:
+    return x if wanted is None else x.index_select(0, wanted)
 
 
 class DecoderLayer(nn.Module):
@@ -280,8 +284,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size)
 
-    def forward(self, x, cos, sin, lay, kept=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, lay, kept)
+    def forward(self, x, cos, sin, lay, kept=None, wanted=None):
+        y = self.self_attn(self.input_layernorm(x), cos, sin, lay, kept, wanted)
+        x = rows_of(x, wanted) + y
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -293,11 +298,11 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
-    def forward(self, x: Tensor, positions: Tensor, lay, cache: Cache | None) -> Tensor:
-        cfg = self.cfg
+    def forward(self, x: Tensor, positions, lay, cache: Cache | None, wanted=None) -> Tensor:
+        cfg, last = self.cfg, self.layers[-1]
         cos, sin = mrope(positions, cfg.head_dim, cfg.rope_theta, cfg.mrope_section)
         for layer, kept in zip(self.layers, cache.layers if cache else itertools.repeat(None)):
-            x = layer(x, cos, sin, lay, kept)
+            x = layer(x, cos, sin, lay, kept, wanted if layer is last else None)
         return self.norm(x)
 
 
@@ -331,8 +336,10 @@ class Qwen2VL(nn.Module):
         features: Tensor | None = None,
         image_at: Tensor | None = None,
         cache: Cache | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (S, D) after the last norm.
+        """Hidden states (S, D) after the last norm; of the rows wanted (W,) alone, if given: of the
+        others the last layer then computes keys and values, which is all that is read of them.
 
         ids (S,) packed as `layout` says, positions (3, S), features (I, D) from `visual` for the
         image tokens that stand at image_at (I,) of the packed ids. With a cache, a Layout holds
@@ -345,17 +352,17 @@ class Qwen2VL(nn.Module):
         if features is not None:
             assert features.shape[0] == image_at.shape[0], "image tokens and features differ"
             x = x.index_copy(0, image_at, features.to(x.dtype))
-        return self.model(x, positions, layout, cache)
+        return self.model(x, positions, layout, cache, wanted)
 
-    def run(self, ids, positions, layout: Layout, batch, cache: Cache | None = None) -> Tensor:
+    def run(self, ids, positions, layout: Layout, batch, cache=None, wanted=None) -> Tensor:
         """`forward` with the pictures of a batch (data.Batch), if any: patches (P, C), grid (n, 3)
         and places image_at (I,). Where it has pictures but no places, they are a dummy that gives
         the tower something to run, and a gradient of zeros."""
         if not len(batch.grid):
-            return self.forward(ids, positions, layout, cache=cache)
+            return self.forward(ids, positions, layout, cache=cache, wanted=wanted)
         features = self.visual(batch.patches, batch.grid)
         features = features if len(batch.image_at) else features[:0]
-        return self.forward(ids, positions, layout, features, batch.image_at, cache)
+        return self.forward(ids, positions, layout, features, batch.image_at, cache, wanted)
 
 
     def frozen(self, dtype: torch.dtype) -> "Qwen2VL":
@@ -388,6 +395,8 @@ class Qwen2VL(nn.Module):
         a third more arithmetic, the same gradient (tests/test_model.py).
         """
         self.compiled = compiled
+        if compiled:  # training, reference, prompts, one token, and the last layer of each
+            torch._dynamo.config.recompile_limit = 64
         for block in (*self.visual.blocks, *self.model.layers):
             if compiled:
                 block.forward = torch.compile(block.forward, dynamic=True)

@@ -55,6 +55,7 @@ class Work:
     tokens: int  # of the longest prompt, those of its images included
     patches: int  # of the images of a prompt
     micro: int  # prompts per forward and backward
+    micro_tokens: int | None = None  # of these at most, as deal.cost counts them
     processes: int = 1
     shards: int | None = None  # processes that share one copy of the weights; default: all
     optimizer: str = "adamw"
@@ -68,6 +69,23 @@ class Work:
     @property
     def packed(self) -> bool:
         return self.gpu and self.bf16
+
+    @property
+    def copy(self) -> int:
+        """Processes that share one copy of the weights."""
+        return min(self.shards or self.processes, self.processes)
+
+    @property
+    def own(self) -> int:
+        """B, prompts of a process at most."""
+        return math.ceil(self.prompts / self.processes)
+
+    @property
+    def rows(self) -> int:
+        """Prompts of a micro-batch, all as long as the longest."""
+        row = self.tokens + self.group * self.max_new + 0.4 * self.patches
+        fit = max(1, int(self.micro_tokens / row)) if self.micro_tokens else self.micro
+        return min(self.micro, self.own, fit)
 
 
 @dataclass(frozen=True)
@@ -113,13 +131,14 @@ def of(cfg: ModelConfig, work: Work) -> Plan:
                    for group in o.param_groups for p in group["params"]]
                   for kind in (True, False))  # fmt: skip
     adam, beside = sum(adam), 12 * max(muon, default=0)  # AdamW's step needs nothing beside
-    shards, c = work.shards or work.processes, 2 if work.bf16 else 4  # bytes of a gathered weight
-    models = 2 if work.beta else 1
+    c, low = (2, torch.bfloat16) if work.bf16 else (4, torch.float32)  # of a gathered weight
+    twin = model.twin(low if work.processes > 1 else torch.float32, low)  # to sample; a reference
+    whole, models = nbytes(*twin.parameters()), 2 if work.beta else 1
     if work.processes > 1:
         # Roots stay. A block runs, one comes, and so does the buffer that it comes in. Gradients
         # are whole, then float32, until they are shared out: of a block at once, of the root last.
         held = models * root * c
-        gathered = N * c + held - root * c, held + root * c + max(blocks) * (4 * c + 4), held
+        gathered = whole + held - root * c, held + root * c + max(blocks) * (4 * c + 4), held
         beside = max(root * (c + 4), beside)
     else:  # autocast keeps copies of linear layers, of the model that learns; not of the head there
         copies = 2 * sum(size(m) for m in model.modules() if isinstance(m, nn.Linear)) * work.bf16
@@ -127,10 +146,10 @@ def of(cfg: ModelConfig, work: Work) -> Plan:
         gathered = copies, learns, learns
     sampled = batches(work)
     if work.gpu and sampled and (work.processes > 1 or work.bf16):  # weights to sample with stay
-        gathered = [N * c + held for held in (gathered[2] * (work.processes > 1), *gathered[1:])]
-    share = 4 * N // shards
-    fixed = {"weights": share, "reference": c * N // shards * (models - 1),
-             "optimizer": 4 * (N + adam) // shards}  # fmt: skip
+        gathered = [whole + held for held in (gathered[2] * (work.processes > 1), *gathered[1:])]
+    share = 4 * N // work.copy
+    fixed = {"weights": share, "reference": whole // work.copy * (models - 1),
+             "optimizer": 4 * (N + adam) // work.copy}  # fmt: skip
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=work.bf16), \
             attention.exact_on(*() if work.gpu else ("cpu",)):
         kept, extra = training(cfg, work)
@@ -140,8 +159,8 @@ def of(cfg: ModelConfig, work: Work) -> Plan:
     parts = ({"KV cache": cache, "temporary": during},
              {**stays, "gradients": share, "kept for backward": kept, "temporary": extra},
              {**stays, "gradients": share, "temporary": beside})  # fmt: skip
-    moments = {name: {**fixed, "gathered weights": whole, **part}
-               for name, whole, part in zip(MOMENTS, gathered, parts)}
+    moments = {name: {**fixed, "gathered weights": held, **part}
+               for name, held, part in zip(MOMENTS, gathered, parts)}
     return Plan(cfg, work, N, moments, 4 * (2 * N + adam))
 
 
@@ -151,7 +170,7 @@ def size(module: nn.Module) -> int:
 
 def batches(work: Work) -> list[tuple[int, int, int]]:
     """(prompts, completions of each, their tokens) that one process samples at a time."""
-    own = (math.ceil(work.prompts / work.processes), work.group, work.max_new)
+    own = (work.own, work.group, work.max_new)
     return [own] * (not work.sft) + [(EVAL_BATCH, 1, work.eval_new)] * (work.eval_new > 0)
 
 
@@ -168,18 +187,19 @@ def states(cfg: ModelConfig, work: Work, B: int, S: int) -> tuple:
 
 def training(cfg: ModelConfig, work: Work) -> tuple[int, int]:
     """Bytes that the forward pass of a micro-batch keeps, and those beyond at the worst moment."""
-    B, G, T = min(work.micro, math.ceil(work.prompts / work.processes)), work.group, work.max_new
+    B, G, T = work.rows, work.group, work.max_new
     x, v, turn, vturn, pixels = states(cfg, work, B, B * (work.tokens + G * T))
     layout = Layout([work.tokens] * B, [[T] * G] * B if T else [], packed=work.packed)
     layer, norm = (computing(m, work) for m in (DecoderLayer(cfg), RMSNorm(x.shape[1], 1e-6)))
-    layer = trained(partial(layer, cos=turn, sin=turn, lay=layout), x, work.recompute)
-    learnt = x.new_empty(B * G * T or len(x), x.shape[1])  # what the head reads
+    wanted = torch.empty(B * G * T or len(x), dtype=torch.int64)  # rows, of the last layer alone
+    layer, final = (trained(partial(layer, cos=turn, sin=turn, lay=layout, wanted=rows), x,
+                            work.recompute) for rows in (None, wanted))  # fmt: skip
+    learnt = x.new_empty(len(wanted), x.shape[1])  # what the head reads
     kind = v.dtype if work.processes > 1 else torch.float32  # one process casts the head
     head = torch.empty(cfg.vocab_size, x.shape[1], dtype=kind, requires_grad=True)
-    ids = torch.empty(len(learnt), dtype=torch.int64)
-    last = trained(lambda h: token_logp(h, head, ids)[0], learnt.to(v.dtype), also=(head,))
-    text = cfg.num_hidden_layers * layer[0] + trained(norm, x)[0] + nbytes(x, turn, turn, learnt)
-    text += nbytes(layout.hidden)
+    last = trained(lambda h: token_logp(h, head, wanted)[0], learnt.to(v.dtype), also=(head,))
+    text = (cfg.num_hidden_layers - 1) * layer[0] + final[0] + trained(norm, learnt)[0]
+    text += nbytes(x, turn, turn, wanted, layout.hidden)
     if not work.patches:
         return text, max(layer[1], sum(last))
     block, merger = (computing(m(cfg.vision), work) for m in (VisionBlock, PatchMerger))
@@ -275,8 +295,7 @@ def text(plan: Plan, limit: int) -> str:
         cells = (f"{n / unit:.1f}" if n else "-" for n in row)
         lines.append(f"  {part:24}" + "".join(f"{cell:>10}" for cell in cells))
     lines[-1] += f"   of {gb(limit)}"
-    shards = work.shards or work.processes
-    told = (f"{plan.weights:,} weights, 1/{shards} of them in each process" if shards > 1 else
+    told = (f"{plan.weights:,} weights, 1/{work.copy} of them in each process" if work.copy > 1 else
             f"{plan.weights:,} weights")  # fmt: skip
     return "\n".join([*lines, f"{told}; prompts of {work.tokens} tokens, {work.patches} patches; "
                       f"a checkpoint takes {gb(plan.checkpoint)} of disk"])  # fmt: skip

@@ -31,6 +31,7 @@ from journal import write_json
 from machine import Phases
 from model import Qwen2VL
 from optim import make_optimizers
+from parallel import keep_memory
 from rewards import load_rewards
 from rows import load_examples
 from sampling import Room
@@ -47,6 +48,7 @@ PHASES = ("preprocess", "prefill", "decode", "reward", "reference", "forward/bac
 def setup(cfg) -> SimpleNamespace:
     """Rows, rewards, and a processor whose end tokens are banned, so that no completion ends before
     max_new. ValueError for too few rows."""
+    keep_memory()  # as every run does
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     processor = Processor.from_pretrained(cfg.model, "r1v")
@@ -88,8 +90,8 @@ class Ours:
         cfg = run.cfg
         self.run, self.half = run, partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16)
         self.policy = Qwen2VL.from_pretrained(cfg.model)
-        load = Qwen2VL.from_pretrained
-        self.reference = load(cfg.model).requires_grad_(False) if cfg.beta else None
+        low, load = torch.bfloat16 if bf16 else torch.float32, Qwen2VL.from_pretrained
+        self.reference = load(cfg.model).frozen(low) if cfg.beta else None
         self.optimizers = make_optimizers(self.policy, "adamw", cfg.lr)
         self.grpo = grpo.Config(
             prompts=cfg.prompts, group=cfg.group, max_new=cfg.max_new, beta=cfg.beta, lr=cfg.lr,

@@ -181,14 +181,14 @@ def score(model: Qwen2VL, rollout: Rollout, temperature=1.0, banned=()) -> tuple
     ids = torch.cat((batch.ids, rollout.ids[run]))
     after = (batch.next_position[:, None, None] + t).expand_as(run)[run]
     positions = torch.cat((batch.positions, after.expand(3, -1)), 1)
-    hidden = model.run(ids, positions, layout, batch)
 
     # Token 0 is predicted by the prompt's last position, token t > 0 by the completion's token t-1.
     before = torch.empty_like(rollout.ids)
     before[..., 0] = (layout.prompt_lengths.cumsum(0) - 1)[:, None]
     before[..., 1:][run[..., :-1]] = torch.arange(layout.S_prompt, len(ids), device=device)
     banned = torch.tensor(banned, dtype=torch.int64, device=device)
-    found = token_logp(hidden[before[mask]], model.head, rollout.ids[mask], temperature, banned)
+    hidden = model.run(ids, positions, layout, batch, wanted=before[mask])
+    found = token_logp(hidden, model.head, rollout.ids[mask], temperature, banned)
     logp, entropy = (torch.zeros(mask.shape, device=device).masked_scatter(mask, x) for x in found)
     return logp, entropy
 

@@ -125,8 +125,8 @@ class Room:
         at = torch.tensor(slots, device=self.device)
         layout = Layout(batch.lengths, device=self.device, slots=at)
         self.cache.enter(layout)
-        hidden = model.run(batch.ids, batch.positions, layout, batch, self.cache)
-        last = hidden[layout.prompt_lengths.cumsum(0) - 1]
+        ends = layout.prompt_lengths.cumsum(0) - 1
+        last = model.run(batch.ids, batch.positions, layout, batch, self.cache, ends)
         self.prompt[at] = torch.tensor(numbers, device=self.device)
         self.position[at] = batch.next_position
         G = self.row.shape[1]

@@ -147,13 +147,13 @@ def text_logp(model: Qwen2VL, prompts: list[Prompt], targets: list[list[int]]) -
                              positions=torch.cat((p.positions, after), 1)))
     batch = collate(whole).to(model.device)
     layout = Layout(batch.lengths, device=model.device)
-    hidden = model.run(batch.ids, batch.positions, layout, batch)  # (S, D)
     learnt = torch.ones_like(batch.ids, dtype=torch.bool)
     learnt[batch.image_at] = False
     learnt[layout.prompt_lengths.cumsum(0) - layout.prompt_lengths] = False
     at = learnt.nonzero()[:, 0]
     none = torch.empty(0, dtype=torch.int64, device=model.device)
-    return token_logp(hidden[at - 1], model.head, batch.ids[at], 1.0, none)[0]
+    hidden = model.run(batch.ids, batch.positions, layout, batch, wanted=at - 1)
+    return token_logp(hidden, model.head, batch.ids[at], 1.0, none)[0]
 
 
 # ---------------------------------------------------------------------------------------- the steps

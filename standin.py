@@ -63,9 +63,8 @@ def make_examples(n: int, seed: int) -> list[Example]:
 
 
 @torch.no_grad()
-def random_model(shape: ModelConfig, device: str, seed: int, dtype=torch.float32) -> Qwen2VL:
-    """Qwen2VL.init_weights by the device's own random numbers: no weight is ever on the CPU. The
-    same numbers in any dtype, as if read from one checkpoint."""
+def random_model(shape: ModelConfig, device: str, seed: int) -> Qwen2VL:
+    """Qwen2VL.init_weights by the device's own random numbers: no weight is ever on the CPU."""
     with torch.device(device):
         model = Qwen2VL(shape)
     gen = torch.Generator(device).manual_seed(seed)
@@ -74,7 +73,7 @@ def random_model(shape: ModelConfig, device: str, seed: int, dtype=torch.float32
             p.normal_(0.0, 0.02, generator=gen)
         elif name.endswith("bias"):
             p.zero_()  # the others belong to norms, and are 1
-    return model.to(dtype)
+    return model
 
 
 def draw_lengths(shape: tuple[int, int], mean: float, most: int, seed: tuple) -> Tensor:

@@ -118,7 +118,7 @@ def setup(cfg: Config, device: str) -> SimpleNamespace:
     announce(needs, device, run, len(examples), steps, cfg.prompts)
     make = partial(random_model, shape, device, cfg.seed)
     policy = make().prepare(cfg.compile, cfg.recompute)  # both as in grpo.setup
-    reference = make(dtype).requires_grad_(False).prepare(cfg.compile) if cfg.beta else None
+    reference = make().frozen(dtype).prepare(cfg.compile) if cfg.beta else None
     ahead = Awaited(processor, examples, workers=cfg.workers)
     return SimpleNamespace(
         cfg=cfg, grpo=run, device=device, shape=shape, limits=bounds, rewards=rewards,

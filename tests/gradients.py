@@ -21,11 +21,16 @@ from config import parse
 
 
 def run(program: str, words: list[str]) -> None:
-    """One run; the whole gradients of its steps go to OUT.gradients."""
+    """One run; the whole gradients of its steps go to OUT.gradients, and how far the weights of a
+    parallel.copy are from those of the model, rounded as they are, at each."""
     module, seen = {"grpo": grpo, "sft": sft}[program], {}
     cfg = parse(module.Config, words)
 
     def watched(model, *rest):
+        copied = parallel.copy(model, cfg.bf16).state_dict()
+        for name, p in model.state_dict().items():
+            far = copied[name] - parallel.full(p).to(copied[name].dtype)
+            seen[f"copy {len(steps)} {name}"] = far.abs().max().float()
         for name, p in model.named_parameters():
             if p.grad is not None:
                 seen[f"{len(steps)} {name}"] = parallel.full(p.grad).clone()

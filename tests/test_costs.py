@@ -160,10 +160,20 @@ def test_windows_at_an_edge_are_smaller():
 
 def test_a_group_has_its_prompt_and_its_picture_once():
     cfg = SHAPES["qwen2-vl-2b"]
-    one, group = (forward_flops(cfg, [257], [[130] * n], [(1, 22, 34)]) for n in (1, 8))
+    one, two, group = (forward_flops(cfg, [257], [[130] * n], [(1, 22, 34)]) for n in (1, 2, 8))
     assert (one["vision"], one["merger"]) == (group["vision"], group["merger"])
     assert group["head"] == 8 * one["head"]
-    assert group["decoder"] / one["decoder"] == pytest.approx((257 + 8 * 129) / (257 + 129))
+    more = two["decoder"] - one["decoder"]
+    assert group["decoder"] - one["decoder"] == 7 * more
+    assert (one["decoder"] - more) / more == pytest.approx(257 / 130, rel=0.03)
+
+
+def test_the_last_layer_goes_on_with_what_predicts_a_sampled_token_alone():
+    """6 tokens run, 4 are sampled. A layer has 2 x 48 x 48 numbers for queries and output, 2 x 48 x
+    24 for keys and values, 3 x 48 x 80 in its MLP; the last one's output and MLP have 4 rows."""
+    out, mlp, others = 48 * 48, 3 * 48 * 80, 48 * 48 + 2 * 48 * 24
+    found = forward_flops(tiny("qwen2_vl"), [4], [[3, 1]], [])
+    assert found["decoder"] == 2 * (6 * 3 * others + (6 * 2 + 4) * (out + mlp))
 
 
 @pytest.mark.slow

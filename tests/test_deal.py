@@ -59,6 +59,18 @@ def test_parts_keep_to_a_budget_but_for_a_row_that_is_larger_by_itself():
     assert deal.parts([2, 2, 2, 2], 2, 100) == [[0, 1], [2, 3]]
 
 
+def test_micro_batches_keep_to_a_budget_of_tokens_patches_and_prompts(rollout):
+    costs = [deal.cost(p, int(n)) for p, n in zip(rollout.prompts, rollout.lengths.sum(1))]
+    weights, adv = torch.rand(rollout.mask.shape), torch.ones(3, 2)
+
+    def sizes(budget):
+        found = deal.micro_batches(rollout, adv, rollout.mask, weights, 3, budget)
+        return [len(part.prompts) for part, *_ in found]
+
+    assert sizes(None) == sizes(int(sum(costs)) + 1) == [3] and sizes(1) == [1, 1, 1]
+    assert sizes(int(sum(costs[:2])) + 1) == [2, 1]
+
+
 def test_processes_agree_on_the_number_of_parts(monkeypatch):
     """5 rows here and 2 there, one at a time: five parts on both, three of them empty there."""
     monkeypatch.setattr(parallel, "gathered", lambda n: [5, 2])

@@ -466,6 +466,68 @@ def test_recomputed_blocks_give_the_same_gradient_and_keep_less(tmp_path, family
     assert_same_gradients(found[1], found[0], 1e-6)
 
 
+@pytest.mark.slow
+def test_blocks_are_compiled_once_for_all_lengths(pair, monkeypatch):
+    """Without a graph break, by a backend that runs the graphs as they are: with gradient, without,
+    and the last layer of each, which has fewer rows. The kernels of a GPU are not here."""
+    folder, model, reference = pair()
+    graphs, plain = [], torch.compile
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **how: plain(f, backend=backend, **how))
+    fused = Qwen2VL.from_pretrained(folder).prepare(compiled=True)
+    prompts = [make_prompt(reference, i, (1, 4, 6), words=i) for i in range(2, 6)]
+    assert torch._dynamo.config.recompile_limit == 64
+    counts = []
+    for some in (prompts, prompts[:3], prompts[1:]):
+        ids, positions, layout, image_at = pack(some)
+        patches, grid = (torch.cat([getattr(p, k) for p in some]) for k in ("patches", "grid"))
+        ends, found = layout.prompt_lengths.cumsum(0) - 1, []
+        for qwen in (model, fused):
+            hidden = qwen(ids, positions, layout, qwen.visual(patches, grid), image_at, None, ends)
+            found.append(gradients(qwen, hidden.square().sum()))
+        assert_same_gradients(found[1], found[0], 1e-5)
+        counts.append(len(graphs))
+    assert counts[0] == counts[1] == counts[2] <= 3
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_rows_that_are_wanted_are_those_of_the_whole_forward(pair):
+    """Values and gradients; a row may be asked for twice."""
+    _, model, reference = pair()
+    prompts, found = awkward(reference), []
+    ids, positions, layout, image_at = pack(prompts)
+    patches, grid = (torch.cat([getattr(p, k) for p in prompts]) for k in ("patches", "grid"))
+    wanted = torch.tensor([5, 0, 5, len(ids) - 1])
+    for rows in (wanted, None):
+        features = model.visual(patches, grid)
+        hidden = model(ids, positions, layout, features, image_at, wanted=rows)
+        hidden = hidden if rows is not None else hidden[wanted]
+        found.append((hidden, gradients(model, hidden.square().sum())))
+    assert (found[0][0] - found[1][0]).abs().max() < 1e-5
+    assert_same_gradients(found[0][1], found[1][1], 1e-5)
+
+
+@torch.no_grad()
+@each_family
+def test_a_frozen_model_computes_what_autocast_computes(pair, shape):
+    """Its linear layers are in bfloat16, an embedding that was tied to the head is not."""
+    folder, model, reference = pair(shape)
+    frozen = Qwen2VL.from_pretrained(folder).frozen(torch.bfloat16)
+    assert frozen.head.dtype == frozen.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert frozen.model.embed_tokens.weight.dtype == torch.float32
+    assert not any(p.requires_grad for p in frozen.parameters())
+    prompts = awkward(reference)
+    with torch.autocast("cpu", torch.bfloat16):
+        for a, b in zip(run(model, prompts)[0], run(frozen, prompts)[0]):
+            assert torch.equal(a, b)
+    same = Qwen2VL.from_pretrained(folder).frozen(torch.float32)
+    assert same.head is same.lm_head.weight and same.head.dtype == torch.float32
+
+
 @torch.no_grad()
 @every_shape
 def test_greedy_continuation_equals_transformers_token_for_token(pair, shape):

@@ -134,6 +134,19 @@ def two_weights(*gradients):
     return model, torch.optim.SGD(model.parameters(), lr=1.0)
 
 
+def test_clipping_is_that_of_torch():
+    torch.manual_seed(0)
+    model, other = (torch.nn.Linear(5, 3) for _ in range(2))
+    for p, q in zip(model.parameters(), other.parameters()):
+        p.grad = 7 * torch.randn_like(p)
+        q.grad = p.grad.clone()
+    grads = [p.grad for p in model.parameters()]
+    found = apply_gradients(model, [], 0.5, 0.0)["grad_norm"]
+    expected = torch.nn.utils.clip_grad_norm_(other.parameters(), 0.5)
+    assert found == pytest.approx(float(expected), rel=1e-6)
+    assert all(torch.allclose(g, q.grad) for g, q in zip(grads, other.parameters()))
+
+
 def test_a_long_gradient_is_scaled_down_to_max_norm_over_all_weights():
     """|(3, 0, 4)| = 5 over both weights; with max_norm 1 the step is (0.6, 0, 0.8)."""
     model, sgd = two_weights([3.0, 0.0], [4.0])

@@ -186,6 +186,16 @@ def test_a_run_goes_on_with_another_number_of_processes(done, places):
     assert moved > 1e-3 and apart < 5e-3 * moved
 
 
+@pytest.mark.parametrize("name", ["plain", "copies", "bfloat16", "sft"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_copy_to_sample_from_has_the_weights_as_they_are_at_each_step(done, name, number):
+    """Gathered block by block, or cast; it is made once and written anew."""
+    found = load_file(f"{done / name}_{number}.gradients")
+    far = {key: x for key, x in found.items() if key.startswith("copy ")}
+    assert {key.split()[1] for key in far} == {"0", "1", "2"}
+    assert not any(x.any() for x in far.values())
+
+
 def test_in_bfloat16_they_differ_by_its_rounding_only(done):
     """One process rounds weights where they are used, two round all of them when they are gathered.
     Samples differ then, but those of SFT are given: gradients are 1 % apart, and mismatch is small

@@ -10,14 +10,16 @@ import pytest
 import torch
 from tiny_checkpoint import make_checkpoint, picture
 
+import deal
 import grpo
+import parallel
 import plan
 import sft
 from checkpoint import ModelConfig
 from data import Processor
 from evaluate import evaluate
 from example import Example
-from live import Live
+from live import Live, nbytes
 from model import Qwen2VL
 from optim import make_optimizers
 from plan import Work, changes, check, check_disk, lengths, memory_of, spread, text
@@ -131,16 +133,43 @@ def test_the_weights_are_as_many_as_those_of_the_public_checkpoints(cfg, weights
 
 
 def test_weights_gradients_and_moments_are_float32_and_shared_out_as_is_the_reference():
-    """Which is of what is computed in: bfloat16 here."""
+    """Which is of what is computed in: bfloat16 here. More processes than there are share none."""
     N = 2_208_985_600
-    for processes, shards, share in ((1, None, 4 * N), (8, None, N // 2), (16, 8, N // 2)):
+    for processes, shards, share in ((1, 8, 4 * N), (8, None, N // 2), (16, 8, N // 2)):
         found = of_2b(processes=processes, shards=shards)
         for moment, parts in found.moments.items():
-            assert parts["weights"] == 2 * parts["reference"] == share
+            assert parts["weights"] == share
+            assert processes == 1 or parts["reference"] == share // 2
             assert parts["optimizer"] == 2 * share
             assert parts.get("gradients") == (None if moment == "sampling" else share)
         assert found.checkpoint == 12 * N  # of all processes
     assert of_2b(bf16=False).moments["step"]["reference"] == N // 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_reference_and_weights_to_sample_with_are_of_what_is_computed_in(
+        small, tied, bf16, processes):  # fmt: skip
+    """As grpo.setup and parallel.copy make them: beside other processes all of bfloat16; in one
+    linear layers alone, and a head that shares its weights no more. Embedding and norms stay."""
+    cfg, low = replace(small.cfg, tie_word_embeddings=tied), torch.bfloat16
+    low = low if bf16 else torch.float32
+    model, rest = Qwen2VL(cfg), torch.float32 if processes == 1 else low
+    reference = Qwen2VL(cfg).to(rest).frozen(low)
+    twin = parallel.copy(model, bf16) if processes == 1 else model.twin(rest, low)
+    work = replace(CLEVR, processes=processes, bf16=bf16)
+    found, less = (plan.of(cfg, replace(work, gpu=x)).moments["step"] for x in (True, False))
+    real = nbytes(*reference.parameters())
+    assert found["reference"] == real // processes
+    assert real == nbytes(*twin.parameters())
+    stays = found["gathered weights"] - less["gathered weights"]  # on a GPU
+    assert stays == (real if bf16 or processes > 1 else 0)
+    for some in (reference, twin):
+        linear = {p for m in some.modules() if isinstance(m, torch.nn.Linear)
+                  for p in m.parameters()}  # fmt: skip
+        assert {p.dtype for p in linear} == {low}
+        assert {p.dtype for p in some.parameters() if p not in linear} == {rest}
 
 
 def test_without_beta_there_is_no_reference():
@@ -243,12 +272,12 @@ def test_on_a_gpu_weights_to_sample_with_stay_and_so_does_the_cache(small, proce
     samples with the weights themselves."""
     work = replace(CLEVR, processes=processes, beta=0.0)
     cpu, gpu = (plan.of(small.cfg, replace(work, gpu=x)).moments for x in (False, True))
-    N = plan.of(small.cfg, work).weights
-    assert gpu["sampling"]["gathered weights"] == 2 * N + (
+    whole = plan.of(small.cfg, replace(work, beta=0.1)).moments["step"]["reference"] * processes
+    assert gpu["sampling"]["gathered weights"] == whole + (
         cpu["step"]["gathered weights"] if processes == 2 else 0)  # the root of those that learn
     for moment in ("update", "step"):
         more = gpu[moment]["gathered weights"] - cpu[moment]["gathered weights"]
-        assert more == 2 * N
+        assert more == whole
         assert gpu[moment]["KV cache"] == gpu["sampling"]["KV cache"] > 0
         assert "KV cache" not in cpu[moment]
     assert gathered(small.cfg, processes=1, bf16=False, gpu=True) == [0] * 3
@@ -366,6 +395,16 @@ def test_a_micro_batch_is_no_larger_than_the_prompts_of_a_process(small):
     assert kept(prompts=9, micro=4) > kept(prompts=9, micro=3)
     three = kept(prompts=9, micro=3, processes=3)
     assert kept(prompts=9, micro=4, processes=3) == kept(prompts=9, micro=4, processes=4) == three
+
+
+def test_a_micro_batch_has_no_more_tokens_than_it_may_but_one_prompt_in_any_case(small):
+    """Counted as deal.py counts them, who deals out the work of a step."""
+    work = replace(work_of(small.prompts, 2, 16), micro=4, prompts=9)
+    row = deal.cost(small.prompts[0], 2 * 16)
+    for tokens, rows in ((9 * row, 4), (3.5 * row, 3), (2 * row, 2), (1, 1)):
+        dealt = deal.parts([row] * 9, 4, tokens)
+        assert replace(work, micro_tokens=tokens).rows == max(map(len, dealt)) == rows
+    assert work.rows == 4
 
 
 # --------------------------------------------------------------------------------------- sampling

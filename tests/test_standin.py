@@ -177,12 +177,3 @@ def test_a_rebound_name_must_be_there_and_comes_back():
         assert Room.enter is None
         raise KeyError
     assert Room.enter is before
-
-
-def test_weights_in_half_precision_are_those_in_full_rounded():
-    shape = read_config(TINY)
-    kinds = torch.float32, torch.bfloat16
-    whole, half = (random_model(shape, "cpu", 0, dtype) for dtype in kinds)
-    assert half.head is half.model.embed_tokens.weight
-    for p, q in zip(whole.parameters(), half.parameters(), strict=True):
-        assert q.dtype == torch.bfloat16 and torch.equal(p.bfloat16(), q)

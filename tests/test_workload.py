@@ -86,6 +86,19 @@ def test_the_real_update_runs():
     assert first["grad_norm"] > 0 and first["mismatch"] == pytest.approx(1, abs=1e-5)
 
 
+def test_the_reference_has_the_policys_weights_in_what_is_computed_in():
+    """As grpo.setup has them: linear layers in bfloat16, the head too, embedding and norms not."""
+    run = setup(Config(**KEYS | {"bf16": True}), "cpu")
+    of_linear = {p for m in run.reference.modules() if isinstance(m, torch.nn.Linear)
+                 for p in m.parameters()}  # fmt: skip
+    policy, reference = (dict(model.named_parameters(remove_duplicate=False))
+                         for model in (run.policy, run.reference))  # fmt: skip
+    assert policy.keys() == reference.keys()
+    for name, p in reference.items():
+        assert p.dtype == (torch.bfloat16 if p in of_linear else torch.float32)
+        assert torch.equal(p, policy[name].to(p.dtype)) and not p.requires_grad
+
+
 def test_real_vocabulary_real_pictures_and_no_checkpoint(monkeypatch, tmp_path, capsys):
     """The way of the real shapes: one small layer, but 151,936 tokens and pictures of 748 patches.
     In bfloat16, without a reference, and without a price: then there are no dollars."""
