@@ -274,7 +274,7 @@ def memory_plan(cfg: Config, start, processor, examples, evals) -> plan.Plan:
         prompts=cfg.prompts, group=cfg.group, max_new=cfg.max_new, micro=cfg.micro_prompts, **asked,
         processes=parallel.size(), shards=cfg.shard_group, optimizer=cfg.optimizer, bf16=cfg.bf16,
         recompute=cfg.recompute, beta=cfg.beta, eval_new=cfg.max_new if evals else 0,
-        gpu=torch.cuda.is_available(),
+        micro_tokens=cfg.micro_tokens, gpu=torch.cuda.is_available(),
     ))  # fmt: skip
 
 

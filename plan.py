@@ -84,8 +84,7 @@ class Work:
     def rows(self) -> int:
         """Prompts of a micro-batch, all as long as the longest."""
         row = self.tokens + self.group * self.max_new + 0.4 * self.patches
-        fit = max(1, int(self.micro_tokens / row)) if self.micro_tokens else self.micro
-        return min(self.micro, self.own, fit)
+        return max(1, int(min(self.micro, self.own, (self.micro_tokens or math.inf) / row)))
 
 
 @dataclass(frozen=True)
@@ -131,9 +130,11 @@ def of(cfg: ModelConfig, work: Work) -> Plan:
                    for group in o.param_groups for p in group["params"]]
                   for kind in (True, False))  # fmt: skip
     adam, beside = sum(adam), 12 * max(muon, default=0)  # AdamW's step needs nothing beside
-    c, low = (2, torch.bfloat16) if work.bf16 else (4, torch.float32)  # of a gathered weight
-    twin = model.twin(low if work.processes > 1 else torch.float32, low)  # to sample; a reference
-    whole, models = nbytes(*twin.parameters()), 2 if work.beta else 1
+    c, models, head = 2 if work.bf16 else 4, 2 if work.beta else 1, model.head.numel()
+    linear = sum(size(m) for m in model.modules() if isinstance(m, nn.Linear))
+    whole = c * N  # bytes of weights to sample with, and of a reference: see Qwen2VL.frozen
+    if work.processes == 1 and work.bf16:
+        whole = 2 * linear + 4 * (N - linear + head * cfg.tie_word_embeddings)
     if work.processes > 1:
         # Roots stay. A block runs, one comes, and so does the buffer that it comes in. Gradients
         # are whole, then float32, until they are shared out: of a block at once, of the root last.
@@ -141,8 +142,7 @@ def of(cfg: ModelConfig, work: Work) -> Plan:
         gathered = whole + held - root * c, held + root * c + max(blocks) * (4 * c + 4), held
         beside = max(root * (c + 4), beside)
     else:  # autocast keeps copies of linear layers, of the model that learns; not of the head there
-        copies = 2 * sum(size(m) for m in model.modules() if isinstance(m, nn.Linear)) * work.bf16
-        learns = copies - 2 * model.head.numel() * work.bf16
+        copies, learns = 2 * linear * work.bf16, 2 * (linear - head) * work.bf16
         gathered = copies, learns, learns
     sampled = batches(work)
     if work.gpu and sampled and (work.processes > 1 or work.bf16):  # weights to sample with stay
