@@ -364,7 +364,6 @@ class Qwen2VL(nn.Module):
         features = features if len(batch.image_at) else features[:0]
         return self.forward(ids, positions, layout, features, batch.image_at, cache, wanted)
 
-
     def frozen(self, dtype: torch.dtype) -> "Qwen2VL":
         """For a model that learns nothing: linear layers, the head too, keep their weights in
         `dtype`. That is what autocast would cast them to each time; the rest stays as it is."""

@@ -101,8 +101,8 @@ def apply_gradients(model, optimizers: list, max_norm: float, loss: float) -> di
     norms = {k: float(full(torch.nn.utils.get_total_norm(v))) if v else 0.0
              for k, v in parts.items()}
     norm = math.hypot(*norms.values())
-    for grad in itertools.chain(*parts.values()) if norm > max_norm else ():
-        grad.mul_(max_norm / (norm + 1e-6))
+    if norm > max_norm:
+        torch._foreach_mul_([*itertools.chain(*parts.values())], max_norm / (norm + 1e-6))
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         for optimizer in optimizers:

@@ -15,7 +15,6 @@ changes nothing. What must not differ among processes is how often they run the 
 backwards; deal.py sees to that.
 """
 
-import ctypes
 import os
 import threading
 import time
@@ -38,6 +37,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from attention import halved
+from live import keep_memory
 
 BEAT, SILENT = 3, 30  # seconds between signs of life; without one a process is taken for dead
 
@@ -64,16 +64,9 @@ def start() -> str:
             store=dist.PrefixStore(START["name"], place), rank=me, world_size=others,
         )  # fmt: skip
         if size() > 1:
-            threading.Thread(target=watch, args=(store(),), daemon=True).start()
+            START["watch"] = threading.Thread(target=watch, args=(store(),), daemon=True)
+            START["watch"].start()
     return device
-
-
-def keep_memory() -> None:
-    """What tensors free stays with this process. Else glibc gives it back, and the kernel clears
-    its pages when they are touched anew: a tenth of an update."""
-    for threshold in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-        with suppress(OSError, AttributeError):  # no glibc
-            ctypes.CDLL(None).mallopt(threshold, 1 << 30)  # bytes
 
 
 def rank() -> int:
@@ -234,7 +227,8 @@ def copy(model, bf16: bool):
     made once, then overwritten: a CUDA graph wants weights to stay where they are, and autocast
     would cast all of them for each token."""
     low, parts = torch.bfloat16 if bf16 else torch.float32, fsdp_parts(model)
-    if model not in COPIES:  # fully_shard gathers all in bfloat16, autocast casts linear layers
+    if model not in COPIES or COPIES[model].head.dtype != low:
+        # fully_shard gathers all in it, autocast casts linear layers.
         COPIES[model] = model.twin(low if parts else torch.float32, low)
     into = dict(COPIES[model].named_parameters(remove_duplicate=False))
     gather_first(model)
@@ -277,6 +271,8 @@ def together():
         raise
     finally:
         FINISHED.set()
+        if "watch" in START:  # which must not be in the store while the interpreter ends
+            START.pop("watch").join(5)
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -145,7 +145,7 @@ def of(cfg: ModelConfig, work: Work) -> Plan:
         copies, learns = 2 * linear * work.bf16, 2 * (linear - head) * work.bf16
         gathered = copies, learns, learns
     sampled = batches(work)
-    if work.gpu and sampled and (work.processes > 1 or work.bf16):  # weights to sample with stay
+    if work.gpu and (work.processes > 1 or work.bf16):  # weights to sample with stay
         gathered = [whole + held for held in (gathered[2] * (work.processes > 1), *gathered[1:])]
     share = 4 * N // work.copy
     fixed = {"weights": share, "reference": whole // work.copy * (models - 1),
@@ -155,10 +155,10 @@ def of(cfg: ModelConfig, work: Work) -> Plan:
         kept, extra = training(cfg, work)
         sampled = [sampling(cfg, work, *batch) for batch in sampled]
     cache, during = max(sampled, key=sum, default=(0, 0))
-    stays = {"KV cache": max(cache for cache, _ in sampled)} if work.gpu and sampled else {}
-    parts = ({"KV cache": cache, "temporary": during},
-             {**stays, "gradients": share, "kept for backward": kept, "temporary": extra},
-             {**stays, "gradients": share, "temporary": beside})  # fmt: skip
+    stays = sum(cache for cache, _ in sampled) if work.gpu else 0  # a room each
+    parts = ({"KV cache": max(cache, stays), "temporary": during},
+             {"KV cache": stays, "gradients": share, "kept for backward": kept, "temporary": extra},
+             {"KV cache": stays, "gradients": share, "temporary": beside})  # fmt: skip
     moments = {name: {**fixed, "gathered weights": held, **part}
                for name, held, part in zip(MOMENTS, gathered, parts)}
     return Plan(cfg, work, N, moments, 4 * (2 * N + adam))

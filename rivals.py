@@ -28,10 +28,10 @@ import grpo
 import rollout
 from data import Processor
 from journal import write_json
+from live import keep_memory
 from machine import Phases
 from model import Qwen2VL
 from optim import make_optimizers
-from parallel import keep_memory
 from rewards import load_rewards
 from rows import load_examples
 from sampling import Room

@@ -73,7 +73,6 @@ class TokenLogp(torch.autograd.Function):
         return to_hidden, to_head.to(head.dtype), None, None, None, None
 
 
-
 # -------------------------------------------------------------------------------------- sampling
 
 

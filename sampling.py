@@ -107,7 +107,7 @@ class Room:
         _, _, G, T, _ = self.size
         self.how, n = how, len(uids)
         if self.told != (told := (list(processor.banned_ids), list(processor.stop_ids))):
-            self.told, self.graphs = told, {}  # which read these tensors
+            self.told, self.graphs, self.pool = told, {}, None  # graphs read these tensors
             self.banned, self.stops = (torch.tensor(x, device=self.device) for x in told)
         self.u[:n] = torch.stack([uniforms(seed, i, G, T) for i in uids]).to(self.device)
         self.limits.fill_(T)
@@ -257,7 +257,8 @@ def span(tokens: int, most: int, few: bool) -> int:
     return min(most, -(-int(tokens) // 64) * 64) if few else int(tokens)
 
 
-ROOMS = weakref.WeakKeyDictionary()  # on a GPU: a model's room, with its graphs, for the next call
+# On a GPU: a model's rooms with their graphs for the next call, one of groups, one of evaluations.
+ROOMS = weakref.WeakKeyDictionary()
 
 
 def room_for(model: Qwen2VL, prompts: list[Prompt], N: int, G: int, T: int) -> Room:
@@ -265,10 +266,11 @@ def room_for(model: Qwen2VL, prompts: list[Prompt], N: int, G: int, T: int) -> R
     B, longest = len(prompts), max(len(p.ids) for p in prompts)
     if model.device.type != "cuda":
         return Room(model, B, N, G, T, longest)
-    room = ROOMS.get(model)
+    rooms, single = ROOMS.setdefault(model, {}), G == 1
+    room = rooms.get(single)
     if (room is None or room.size[2:4] != (G, T) or room.halved != halved(model.device)
             or any(has < asked for has, asked in zip(room.size, (B, N, G, T, longest)))):
         room = None  # its memory goes before the new one's comes
-        ROOMS.pop(model, None)
-        room = ROOMS[model] = Room(model, B, N, G, T, -(-longest // 64) * 64)
+        rooms.pop(single, None)
+        room = rooms[single] = Room(model, B, N, G, T, -(-longest // 64) * 64)
     return room

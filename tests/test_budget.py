@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A file imports only files that stand above it.
 ORDER = [
     "config", "hub", "worker", "verify", "rewards", "template", "draw", "world", "images",
-    "example", "checkpoint", "attention", "model", "parallel", "optim", "shards", "scenes",
-    "rows", "scorers", "patches", "data", "ahead", "sampling", "rollout", "deal", "live",
+    "example", "checkpoint", "attention", "model", "live", "parallel", "optim", "shards",
+    "scenes", "rows", "scorers", "patches", "data", "ahead", "sampling", "rollout", "deal",
     "plan", "tally", "journal", "saving", "resume", "trackers", "advice", "evaluate", "chart",
     "report", "logbook", "grpo", "sft", "chat", "describe", "traces", "pack", "distill", "eye",
     "tiny", "controls", "paper", "costs", "scaling", "machine", "standin", "workload", "rivals",
