@@ -1,6 +1,6 @@
 """Attention over packed tokens: who attends to whom, and the keys and values of sampling.
 
-Source: DESIGN of what R1-V's peers repeat: a prompt with G completions is one prompt here. Its
+A prompt with G completions is one prompt here, where R1-V and its peers repeat it G times. Its
 completions attend to the one copy of its keys and values, in sampling and in training, with
 gradient. It is exact; tests/test_model.py compares it with the repeated batch.
 

@@ -83,7 +83,7 @@ class Room:
     ids (B, G, T), logp (B, G, T), lengths, finished (B, G): as in rollout.Rollout. open (B, G): not
     yet ended. Of the slots, of which the first ones are in use: the prompt's number (N,), the
     completions' places in its group (N, G), their last tokens (N, G), the prompt's next position
-    (N,). counts (N,): tokens in the cache, known without asking the device.
+    (N,).
     """
 
     def __init__(self, model, B: int, N: int, G: int, T: int, longest: int):
@@ -231,7 +231,7 @@ def ready(live: np.ndarray, waiting: int) -> list[int]:
 
 def left(live: np.ndarray, few: bool) -> tuple[np.ndarray, np.ndarray]:
     """Slots (N',) and completions (N', G') of a batch without those that have ended, of live (N,
-    G): it stays a rectangle, the slots with most left first, and in each what has not ended first.
+    G): it stays a rectangle, slots with any left first, and in each what has not ended first.
     few: of sizes that are a power of two, or 3/4 of one, so that there are few of them."""
     N, G = int(live.any(1).sum()), int(live.sum(1).max())
     N, G = (fitting(n, most) if few else n for n, most in zip((N, G), live.shape))

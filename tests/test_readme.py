@@ -9,12 +9,14 @@ import pytest
 from test_budget import FILES
 from tiny_checkpoint import make_checkpoint
 
+import bench
 import controls
 import distill
 import evaluate
 import grpo
 import paper
 import sft
+import workload
 from config import read
 from template import TEMPLATES
 
@@ -90,6 +92,10 @@ def test_its_commands_parse():
     assert {step for step, _ in steps} == set(distill.STEPS)
     for step, args in steps:
         read(distill.STEPS[step][0], args.split())
+    for args in re.findall(r'make bench[^\n]*ARGS="([^"]+)"', commands):
+        read(bench.Config, args.split())
+    for args in re.findall(r"python bench.py r1v ([^\n#`]+)", commands):
+        read(workload.Config, args.split())
     for args in re.findall(r"python evaluate.py ([^\n#`]+)", commands):
         read(evaluate.Config, args.split())
 
@@ -105,6 +111,7 @@ def test_its_table_of_results_is_the_measured_one():
     found = json.loads((ROOT / "bench/controls.json").read_text())
     assert controls.show(found) in README
     assert paper.show(json.loads((ROOT / "bench/paper.json").read_text())) in README
+    assert bench.text(json.loads((ROOT / "bench/results/cpu.json").read_text())) in README
 
 
 def test_every_template_is_in_it():
