@@ -63,13 +63,16 @@ def test_rivals_take_turns_and_the_order_changes():
     assert found["a"][0]["prefill"] == 0.0
 
 
+SLACK = 2**20  # the kernel adds up its counters of resident pages now and then
+
+
 def test_memory_is_what_the_steps_add_to_the_weights():
     spike = b"x" * 2**28
     del spike
     before = resident("VmHWM")
     found = memory(Config(**SMALL), "ours")
     assert 2**20 < found["loaded_bytes"] <= found["peak_bytes"]
-    assert before <= found["peak_bytes"] <= resident("VmHWM")
+    assert before - SLACK <= found["peak_bytes"] <= resident("VmHWM") + SLACK
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells")
