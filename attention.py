@@ -167,6 +167,8 @@ class Layout:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kept=None) -> Tensor:
         """q (S, H, d), k, v (S, K, d) -> (S, H, d). kept: a layer of a Cache, which then holds the
         keys and values of the prompts."""
+        if self.packed and kept is None:
+            return attend_packed(q, k, v, self.packed)
         n, d = self.S_prompt, q.shape[-1]
         qp, kp, vp = (
             unpack(x[:n], self.prompt_at, self.B, self.L).transpose(1, 2) for x in (q, k, v)

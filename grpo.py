@@ -304,10 +304,10 @@ def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNames
         policy = load(run.checkpoint or start).prepare(cfg.compile, cfg.recompute)
         optimizers = make_optimizers(policy, cfg.optimizer, cfg.lr, cfg.weight_decay)
         take_up(run, policy, optimizers, len(rows))
-        # In what is computed in, so that no copy need be made: it never changes.
-        low = torch.bfloat16 if cfg.bf16 else torch.float32
-        reference = cfg.beta and load(state["start"], low if shard else torch.float32)
-        reference = reference.frozen(low).prepare(cfg.compile) if cfg.beta else None
+        low, reference = torch.bfloat16 if cfg.bf16 else torch.float32, None
+        if cfg.beta:  # in what is computed in, so that no copy need be made: it never changes
+            reference = load(state["start"], low if shard else torch.float32)
+            reference.frozen(low).prepare(cfg.compile)
         book = Logbook(cfg, run, seconds, stop, steps=cfg.steps, model=policy, evals=evals,
                        processor=processor, optimizers=optimizers, state=state,
                        shown=("reward", "length/mean"))

@@ -144,7 +144,6 @@ def of(cfg: ModelConfig, work: Work) -> Plan:
     else:  # autocast keeps copies of linear layers, of the model that learns; not of the head there
         copies, learns = 2 * linear * work.bf16, 2 * (linear - head) * work.bf16
         gathered = copies, learns, learns
-    sampled = batches(work)
     if work.gpu and (work.processes > 1 or work.bf16):  # weights to sample with stay
         gathered = [whole + held for held in (gathered[2] * (work.processes > 1), *gathered[1:])]
     share = 4 * N // work.copy
@@ -153,7 +152,7 @@ def of(cfg: ModelConfig, work: Work) -> Plan:
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=work.bf16), \
             attention.exact_on(*() if work.gpu else ("cpu",)):
         kept, extra = training(cfg, work)
-        sampled = [sampling(cfg, work, *batch) for batch in sampled]
+        sampled = [sampling(cfg, work, *batch) for batch in batches(work)]
     cache, during = max(sampled, key=sum, default=(0, 0))
     stays = sum(cache for cache, _ in sampled) if work.gpu else 0  # a room each
     parts = ({"KV cache": max(cache, stays), "temporary": during},

@@ -14,7 +14,6 @@ Letters: B prompts, G completions per prompt, N = B G completions, T tokens of e
 
 import importlib.util
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +34,7 @@ from optim import make_optimizers
 from rewards import load_rewards
 from rows import load_examples
 from sampling import Room
-from standin import rebound
+from standin import rebound, unending
 from tally import reward_table, total_reward
 
 HERE = Path(__file__).resolve().parent
@@ -51,15 +50,13 @@ def setup(cfg) -> SimpleNamespace:
     keep_memory()  # as every run does
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    processor = Processor.from_pretrained(cfg.model, "r1v")
-    banned = sorted({*processor.banned_ids, *processor.stop_ids})
+    processor = unending(Processor.from_pretrained(cfg.model, "r1v"))
     examples = load_examples(cfg.data, None, "train")
     if len(examples) < cfg.prompts:
         raise ValueError(f"{cfg.data}: {len(examples)} rows, --prompts {cfg.prompts} are needed")
     return SimpleNamespace(
-        cfg=cfg, examples=[examples[i] for i in range(cfg.prompts)], banned=banned,
-        processor=replace(processor, banned_ids=banned),
-        rewards=load_rewards(("accuracy", "format")),
+        cfg=cfg, examples=[examples[i] for i in range(cfg.prompts)], processor=processor,
+        banned=processor.banned_ids, rewards=load_rewards(("accuracy", "format")),
     )  # fmt: skip
 
 
