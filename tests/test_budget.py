@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A file imports only files that stand above it.
 ORDER = [
-    "config", "hub", "worker", "verify", "boxes", "rewards", "grading", "template", "draw", "world", "images",
+    "config", "hub", "worker", "verify", "rewards", "boxes", "grading", "template", "draw", "world", "images",
     "example", "checkpoint", "attention", "model", "live", "parallel", "optim", "shards",
     "scenes", "rows", "scorers", "patches", "data", "ahead", "sampling", "rollout", "deal",
     "plan", "tally", "journal", "saving", "resume", "trackers", "advice", "evaluate", "chart",
