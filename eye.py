@@ -33,22 +33,32 @@ def values(shapes: str) -> tuple[str, ...]:
 
 
 def eye_chunk(seed: int, look: str, shapes: str, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scenes k CHUNK ... (k+1) CHUNK - 1 of the eye's world: images (n, H, W, 3) uint8 and facts
-    (n, 64, 1 + values) int8: how many objects have their centre in a patch, and how many of each
-    attribute value. Patches are in the order of patches.patchify: 2 x 2 of a cell, then the next.
-    """
+    """Scenes k CHUNK ... (k+1) CHUNK - 1 of the eye's world: images (n, H, W, 3) uint8, and the
+    facts of them."""
     scenes = world.make_scenes(
         CHUNK, split="A", seed=seed, part="train", look=look, shapes=shapes, start=k * CHUNK
     )
+    return world.render(scenes), facts_of(scenes, shapes)
+
+
+def facts_of(scenes: list[dict], shapes: str) -> np.ndarray:
+    """(n, 64, 1 + values) int8: how many objects have their centre in a patch, and how many of each
+    attribute value. Patches are in the order of patches.patchify: 2 x 2 of a cell, then the next.
+    """
     side, names = SIZE // PATCH, values(shapes)
-    facts = np.zeros((CHUNK, side * side, 1 + len(names)), np.int8)
+    facts = np.zeros((len(scenes), side * side, 1 + len(names)), np.int8)
     for i, scene in enumerate(scenes):
         for o in scene["objects"]:
-            x, y = (min(max(int(c // PATCH), 0), side - 1) for c in o["pixel_coords"][:2])
-            patch = (y // 2 * side // 2 + x // 2) * 4 + y % 2 * 2 + x % 2
             kinds = [names.index(o[name]) for name in ("color", "shape", "material", "size")]
-            facts[i, patch, [0, *(1 + v for v in kinds)]] += 1
-    return world.render(scenes), facts
+            facts[i, patch_of(o), [0, *(1 + v for v in kinds)]] += 1
+    return facts
+
+
+def patch_of(thing: dict) -> int:
+    """The patch in which an object has its centre."""
+    side = SIZE // PATCH
+    x, y = (min(max(int(c // PATCH), 0), side - 1) for c in thing["pixel_coords"][:2])
+    return (y // 2 * side // 2 + x // 2) * 4 + y % 2 * 2 + x % 2
 
 
 def eye_chunks(n: int, *world_of):

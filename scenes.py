@@ -1,9 +1,10 @@
 """The embedded worlds as data sets: questions about scenes that are drawn once and kept.
 
     load_world("world:A,n=500,seed=7,ask=count+relation")   # drawn once, then kept in .cache/world
+    load_world("world:A,ask=rec+detect+difference")         # boxes, and two pictures
 
-world.py makes scenes, pictures and questions; here they become examples. The pictures are mapped
-from a file, so that a world of many thousands takes no memory.
+world.py and pointing.py make scenes, pictures and questions; here they become examples. The
+pictures are mapped from a file, so that a world of many thousands takes no memory.
 """
 
 import json
@@ -18,6 +19,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from tqdm import tqdm
 
+import pointing
 import world
 from config import nearest
 from example import Example
@@ -43,24 +45,31 @@ def load_world(source: str, part: str = "train", limit: int | None = None) -> li
     look=…, shapes=… (see world.make_scenes), ask=count, each after a comma or a colon. With
     ask=count+relation a kind is drawn for each scene; where it cannot be asked another one is, and
     a scene of which nothing can be asked is left out. B asks for attributes if ask is not given:
-    its colours are what is new in it.
+    its colours are what is new in it. Of "difference" a row has two pictures.
     """
     split, n, kinds, options = parse_world(source, part)
-    scenes, images = draw_world(split, n if limit is None else min(n, limit), options)
+    pairs = "difference" in kinds
+    scenes, images = draw_world(split, n if limit is None else min(n, limit), options, pairs)
     examples = []
-    for i, (scene, image) in enumerate(zip(scenes, images)):
+    for i, (scene, shown) in enumerate(zip(scenes, images)):
         rng = np.random.default_rng([options["seed"], i])
         for kind in rng.permutation(kinds).tolist():
             try:
-                asked = world.ask(scene, kind, rng)
+                asked = question(scene, kind, rng)
             except ValueError:  # "relation", and no object that can be told from the others
                 continue
-            row = f"world:{split}#{i}"
-            extra = {"scene": scene, "program": asked["program"]}
+            row, shown = f"world:{split}#{i}", shown if kind == "difference" else shown[:1]
+            extra = {"scene": scene, **{k: asked[k] for k in ("program", "said") if k in asked}}
             answer = str(asked["answer"])
-            examples.append(Example(asked["question"], answer, (image,), kind, row, extra))
+            examples.append(Example(asked["question"], answer, tuple(shown), kind, row, extra))
             break
     return examples
+
+
+def question(scene: dict, kind: str, rng) -> dict:
+    """{"question", "answer", "program"} of either file; ValueError where it cannot be asked."""
+    return pointing.KINDS[kind](scene, rng) if kind in pointing.KINDS else \
+        world.ask(scene, kind, rng)  # fmt: skip
 
 
 def parse_world(source: str, part: str) -> tuple[str, int, tuple[str, ...], dict]:
@@ -81,39 +90,41 @@ def parse_world(source: str, part: str) -> tuple[str, int, tuple[str, ...], dict
         except ValueError as error:
             raise ValueError(f"{source}: cannot read {key}{equals}{value}") from error
     for kind in options["ask"]:
-        if kind not in world.ASK:
-            raise ValueError(f"{source}: no question {kind!r}{nearest(kind, world.ASK)}")
+        if kind not in (known := (*world.ASK, *pointing.KINDS)):
+            raise ValueError(f"{source}: no question {kind!r}{nearest(kind, known)}")
     if options["n"] < 1 or len(options["objects"]) != 2 or len(options["size"]) != 2:
         raise ValueError(f"{source}: expected n of 1 or more, objects=3-10, size=112x112")
     check_size(source, *options["size"])
     return split, options.pop("n"), options.pop("ask"), options
 
 
-def draw_world(split: str, n: int, options: dict) -> tuple[list[dict], np.ndarray]:
-    """n scenes and their pictures (n, H, W, 3) uint8, mapped from a file that is drawn if missing.
+def draw_world(split: str, n: int, options: dict, pairs=False) -> tuple[list[dict], np.ndarray]:
+    """n scenes and their pictures (n, 1, H, W, 3) uint8, mapped from a file that is drawn if
+    missing. pairs: two pictures each, before and after something has changed, or not.
 
-    The file is named by a hash of the options, world.py and draw.py: a changed world is drawn anew.
-    Of several processes that want it one draws it, and the others wait for it.
+    The file is named by a hash of the options, world.py and draw.py, with pairs also pointing.py: a
+    changed world is drawn anew. Of several processes that want it one draws it, the others wait.
     """
-    code = [Path(module.__file__).read_bytes() for module in (world, world.draw)]
-    name = digest(json.dumps([split, n, sorted(options.items())]), *code)
+    code = [Path(module.__file__).read_bytes()
+            for module in (world, world.draw, *[pointing] * pairs)]  # fmt: skip
+    name = digest(json.dumps([split, n, sorted(options.items()), pairs]), *code)
     path, told = CACHE / f"{name}.npy", CACHE / f"{name}.json"
     if not path.is_file():
         world.make_scenes(0, split, **options)  # a wrong option is told before any process starts
         with alone(path):
             if not path.is_file():
-                write_world(path, told, split, n, options)
+                write_world(path, told, split, n, options, pairs)
     return json.loads(told.read_bytes()), np.asarray(np.load(path, mmap_mode="r"))
 
 
-def write_world(path: Path, told: Path, split: str, n: int, options: dict) -> None:
+def write_world(path: Path, told: Path, split: str, n: int, options: dict, pairs: bool) -> None:
     """Draws a world to `path`, its scenes to `told`; in a temporary folder first, so that they are
     whole where they are."""
     with TemporaryDirectory(dir=CACHE) as folder:
         new, text = Path(folder, path.name), Path(folder, told.name)
-        shape = (n, options["size"][1], options["size"][0], 3)
+        shape = (n, 1 + pairs, options["size"][1], options["size"][0], 3)
         images, scenes = np.lib.format.open_memmap(new, "w+", np.uint8, shape), []
-        for some, pictures in drawn(split, n, options):
+        for some, pictures in drawn(split, n, options, pairs):
             images[len(scenes) : len(scenes) + len(some)] = pictures
             scenes += some
         images.flush()
@@ -122,10 +133,10 @@ def write_world(path: Path, told: Path, split: str, n: int, options: dict) -> No
         new.replace(path)  # last, since it is what is looked for
 
 
-def drawn(split: str, n: int, options: dict):
+def drawn(split: str, n: int, options: dict, pairs: bool):
     """Chunks of draw_chunk in order: from this process if n is small, else from worker processes
     (spawned: a fork after torch has run threads hangs)."""
-    draw, starts = partial(draw_chunk, split, n, options), range(0, n, CHUNK)
+    draw, starts = partial(draw_chunk, split, n, options, pairs), range(0, n, CHUNK)
     workers = os.cpu_count() or 1
     if n < FEW or workers == 1:
         yield from map(draw, starts)
@@ -135,7 +146,13 @@ def drawn(split: str, n: int, options: dict):
         yield from tqdm(chunks, title, len(starts), unit="scene", unit_scale=CHUNK, leave=False)
 
 
-def draw_chunk(split: str, n: int, options: dict, start: int) -> tuple[list[dict], np.ndarray]:
-    """Scenes start ... start + CHUNK - 1 of the n, and their pictures (CHUNK, H, W, 3) uint8."""
+def draw_chunk(split: str, n: int, options: dict, pairs: bool, start: int):
+    """Scenes start ... start + CHUNK - 1 of the n, and their pictures (CHUNK, 1, H, W, 3) uint8, or
+    (CHUNK, 2, H, W, 3) of pairs."""
     scenes = world.make_scenes(min(CHUNK, n - start), split, **options, start=start)
-    return scenes, world.render(scenes, options["size"])
+    if not pairs:
+        return scenes, world.render(scenes, options["size"])[:, None]
+    both = [pointing.changed(scene, np.random.default_rng([options["seed"], start + i, 2]))
+            for i, scene in enumerate(scenes)]  # fmt: skip
+    pictures = [world.render(some, options["size"]) for some in zip(*both)]
+    return [before for before, _ in both], np.stack(pictures, 1)

@@ -77,7 +77,7 @@ def make_scene(part, seed, split, index, objects, size, look, shapes):
     count = rng.integers(objects[0], objects[1] + 1)
     while True:
         eye = np.array(EYE) + rng.uniform(-JITTER, JITTER, 3)
-        right, behind, _ = axes = draw.level_axes(eye)
+        axes = draw.level_axes(eye)
         things = draw_objects(rng, count, split, shapes)
         spots = place(rng, [SIZES[thing["size"]] for thing in things], axes)
         if spots is None or not any(is_unique(thing, things) for thing in things):
@@ -85,22 +85,31 @@ def make_scene(part, seed, split, index, objects, size, look, shapes):
         for thing, (x, y) in zip(things, spots.tolist()):
             thing["3d_coords"] = [x, y, draw.half_height(thing)]
         camera = draw.fit_camera(eye.tolist(), things, size)
-        pixels, boxes = draw.visible(things, camera, size)
+        found = seen(things, camera, size, axes)
         area = min(size[0] * size[1], 4 / 3 * min(size) ** 2)               # of the part in use
-        if min(pixels) >= MIN_VISIBLE * area:
+        if min(thing["visible_pixels"] for thing in found["objects"]) >= MIN_VISIBLE * area:
             break
+    return {"split": split, "image_index": index, **found,
+            "image_filename": f"CLEVR_{split}_{part}_{index:06d}.png",
+            "look": draw_look(np.random.default_rng([*words, 1]), look),
+            "size": list(size), "seed": {"part": part, "seed": seed}}
+
+
+def seen(things, camera, size, axes):
+    """What a camera sees of objects, as CLEVR's JSON has it: the objects with pixel_coords, bbox
+    and visible_pixels, what stands where of what, and the camera. axes: of its eye."""
+    pixels, boxes = draw.visible(things, camera, size)
     stage = draw.make_stage(things, camera, size)
-    for thing, *facts in zip(things, draw.to_pixels(stage, stage.at).tolist(), boxes, pixels):
-        thing.update(zip(("pixel_coords", "bbox", "visible_pixels"), facts))
+    right, behind, _ = axes
+    names = ("pixel_coords", "bbox", "visible_pixels")
+    things = [thing | dict(zip(names, facts)) for thing, *facts in
+              zip(things, draw.to_pixels(stage, stage.at).tolist(), boxes, pixels)]
     offset = stage.at[None] @ axes - stage.at[:, None] @ axes               # (K, K, 3): from i to j
     ways = {"left": -right, "right": right, "front": -behind, "behind": behind}
-    return {"split": split, "image_index": index, "objects": things,
-            "image_filename": f"CLEVR_{split}_{part}_{index:06d}.png",
+    return {"objects": things, "camera": camera,
             "relationships": {name: [np.flatnonzero(row).tolist() for row in offset @ way > EPS]
                               for name, way in ways.items()},
-            "directions": {name: way.tolist() for name, way in ways.items()},
-            "look": draw_look(np.random.default_rng([*words, 1]), look), "camera": camera,
-            "size": list(size), "seed": {"part": part, "seed": seed}}
+            "directions": {name: way.tolist() for name, way in ways.items()}}
 
 
 def draw_objects(rng, count, split, shapes):
@@ -174,9 +183,10 @@ KINDS = tuple(ASK)
 
 
 def execute(program, scene):
-    """The answer of a CLEVR program on a scene: an int, or "yes" or "no". Nodes are
-    {"function", "inputs", "value_inputs"}; inputs are numbers of earlier nodes.
-    ValueError if `unique` does not get exactly one object, or a function is unknown."""
+    """The answer of a CLEVR program on a scene: an int, "yes" or "no", an attribute, an object's
+    number or a list of them. Nodes are {"function", "inputs", "value_inputs"}; inputs are numbers
+    of earlier nodes. ValueError if `unique` does not get exactly one object, or a function is
+    unknown."""
     things, values = scene["objects"], []
     for node in program:
         name, args = node["function"], [values[i] for i in node["inputs"]]
@@ -193,6 +203,10 @@ def execute(program, scene):
             value = scene["relationships"][node["value_inputs"][0]][args[0]]
         elif name == "count":
             value = len(args[0])
+        elif name == "exist":
+            value = "yes" if args[0] else "no"
+        elif name.startswith("query_"):
+            value = things[args[0]][name.removeprefix("query_")]
         elif name in COMPARE:
             value = "yes" if COMPARE[name][0](*args) else "no"
         else:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A file imports only files that stand above it.
 ORDER = [
-    "config", "hub", "worker", "verify", "rewards", "boxes", "grading", "template", "draw", "world", "images",
+    "config", "hub", "worker", "verify", "rewards", "boxes", "grading", "template", "draw", "world", "pointing", "images",
     "example", "checkpoint", "attention", "model", "live", "parallel", "optim", "shards",
     "scenes", "rows", "scorers", "patches", "data", "ahead", "sampling", "rollout", "deal",
     "plan", "tally", "journal", "saving", "resume", "trackers", "advice", "evaluate", "chart",
@@ -44,7 +44,7 @@ GROUPS = {
         "costs", "scaling", "machine", "standin", "workload", "rivals", "bench",
     )),
     "the laptop's world and studies": (1450, (
-        "draw", "world", "scenes", "eye", "tiny", "controls", "paper",
+        "draw", "world", "pointing", "scenes", "eye", "tiny", "controls", "paper",
     )),
 }  # fmt: skip
 

@@ -44,6 +44,27 @@ def test_a_question_keeps_its_scene_and_the_program_that_answers_it(cache):
     assert answers == [e.solution for e in found]
 
 
+def test_boxes_and_choices_are_asked_about_the_same_pictures(cache):
+    found = load_world("world:A:n=20:ask=rec+detect+choice+yes_no:objects=2-5")
+    assert {e.task for e in found} == {"rec", "detect", "choice", "yes_no"}
+    pixels = world.render([e.extra["scene"] for e in found])
+    assert all(np.array_equal(e.images[0], p) for e, p in zip(found, pixels))
+    assert {len(e.images) for e in found} == {1}
+
+
+def test_a_difference_has_two_pictures_and_other_questions_the_first(cache):
+    found = load_world("world:A:n=30:seed=2:ask=difference+rec:objects=2-4")
+    assert {(e.task, len(e.images)) for e in found} == {("difference", 2), ("rec", 1)}
+    for e in found:
+        first = world.render([e.extra["scene"]])[0]
+        assert np.array_equal(e.images[0], first)
+        if e.task == "difference":
+            same = np.array_equal(*e.images)
+            assert same == (e.solution == "nothing")
+    again = load_world("world:A:n=30:seed=2:ask=difference+rec:objects=2-4")
+    assert [(e.problem, e.solution) for e in found] == [(e.problem, e.solution) for e in again]
+
+
 def test_commas_and_colons_both_separate_options(cache):
     assert parse_world("world:B,n=5,ask=count+compare,size=84x56", "val") == parse_world(
         "world:B:n=5:ask=count+compare:size=84x56", "val"
@@ -141,10 +162,10 @@ def test_pictures_are_drawn_once_and_then_mapped_from_the_file(cache, monkeypatc
 def test_of_several_that_start_at_once_one_draws_and_the_others_wait(cache, monkeypatch):
     drawn, start = [], threading.Barrier(4)
 
-    def slow(split, n, options, first):
+    def slow(split, n, options, pairs, first):
         drawn.append(first)
         time.sleep(0.05)
-        return draw_chunk(split, n, options, first)
+        return draw_chunk(split, n, options, pairs, first)
 
     def load(_):
         start.wait()

@@ -191,8 +191,8 @@ def test_a_program_without_an_answer_is_refused():
     with pytest.raises(ValueError, match="exactly one object, got 2"):
         world.execute(program(("scene", [], []), ("filter_color", [0], ["red"]),
                               ("unique", [1], [])), scene)
-    with pytest.raises(ValueError, match="unknown function 'query_color'"):
-        world.execute(program(("scene", [], []), ("query_color", [0], [])), scene)
+    with pytest.raises(ValueError, match="unknown function 'intersect'"):
+        world.execute(program(("scene", [], []), ("intersect", [0], [])), scene)
 
 
 def words_to_things(words, scene):
