@@ -16,6 +16,7 @@ import numpy as np
 W, H, LEFT, RIGHT, TOP, BOTTOM = 320, 150, 44, 308, 10, 126  # a chart and its frame, in pixels
 # Control characters, those that turn the direction of a line, and halves of surrogate pairs.
 HIDDEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+FAMILY = re.compile("^(?:eval/[^/]*/(?=.)|[^/(]*/)")  # of a metric's name; what follows is shown
 
 
 class Curve(NamedTuple):
@@ -109,7 +110,7 @@ def draw(curve: Curve, data: np.ndarray, resumed=()) -> str:
     out.append(f'<path class="dots" d="{points(xs, up(values[0, at]), "h0M")}h0"/>')
     for i, line in enumerate(lines):
         out.append(f'<path class="line l{i}" d="{points(xs, up(line[at]))}"/>')
-    names = [esc(key.rpartition("/")[2]) for key in (curve.key, *curve.more)]
+    names = [esc(FAMILY.sub("", key)) for key in (curve.key, *curve.more)]
     wide = (RIGHT - LEFT) / max(1, min(len(at), 60) - 1)
     for i in spread(at, 60):
         now = ", ".join(f"{name} {show(v)}{unit}" for name, v in zip(names, values[:, i]))

@@ -198,9 +198,10 @@ def read_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{folder}/config.json: {error}") from error
 
 
-def read_weights(folder: Path, wanted: dict[str, Tensor], tied: bool, dtype, device) -> dict:
+def read_weights(folder: Path, wanted: dict, tied: bool, dtype, device, added=None) -> dict:
     """The weights called `wanted`, of those shapes, from the safetensors of a folder; of one that
-    is shared out among processes (DTensor) the slice that is this process's.
+    is shared out among processes (DTensor) the slice that is this process's. added: {name: [(scale,
+    B, A), ...]}, to which scale x B A is added, see adapter.read_weights.
 
     tied: lm_head.weight is model.embed_tokens.weight, and need not be there. FileNotFoundError for
     a missing file; ValueError with the names and shapes of weights that are missing, not expected
@@ -223,7 +224,9 @@ def read_weights(folder: Path, wanted: dict[str, Tensor], tied: bool, dtype, dev
         more = [f"and {len(told) - 20} more"] if len(told) > 20 else []
         raise ValueError(f"{folder}: weights do not fit config.json\n  " +
                          "\n  ".join(told[:20] + more))
-    state = {k: like(read_weight(*place, dtype, device), wanted[k]) for k, place in found.items()}
+    added = added or {}
+    state = {k: like(read_weight(*place, dtype, device, added.get(k, ())), wanted[k])
+             for k, place in found.items()}
     if tied and not torch.equal(*map(local, (state.setdefault(head, state[embedding]),
                                              state[embedding]))):
         raise ValueError(f"{folder}: config.json has tie_word_embeddings true, but {head} is not "
@@ -251,12 +254,15 @@ def open_weights(file: Path, device="cpu"):
         raise ValueError(f"{file}: not a whole safetensors file: {error}") from error
 
 
-def read_weight(file: Path, key: str, dtype, device) -> Tensor:
+def read_weight(file: Path, key: str, dtype, device, added=()) -> Tensor:
     """One tensor in memory of its own. safe_open maps the file: pages that were read stay in memory
     as long as it is open, and a tensor that is not copied reads what the file holds later. So it is
     opened for each; tests/test_checkpoint.py measures the memory."""
     with open_weights(file, device) as f:
-        return f.get_tensor(key).to(dtype, copy=True)
+        weight = f.get_tensor(key)
+        for scale, B, A in added:
+            weight = torch.addmm(weight.float(), B.to(device), A.to(device), alpha=scale)
+        return weight.to(dtype, copy=True)
 
 
 def like(whole: Tensor, weight: Tensor) -> Tensor:

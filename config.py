@@ -13,7 +13,8 @@ repeated key in silence, and cannot say where a bad value came from.
 
 Types: int, float, str, bool, tuple[T, ...] of these, and `T | None`.
 Command line: `--key value`, or `--key=value` when the value starts with `--`. Tuples are comma
-separated and `--key=` is the empty one. `--flag` is `--flag true`. `none` is None where allowed.
+separated (a comma in brackets separates nothing) and `--key=` is the empty one. `--flag` is
+`--flag true`. `none` is None where allowed.
 Recipe: flat lines `key = value` in TOML's own types. An int will do for a float; nothing else is
 converted. `"none"` is None where allowed, since TOML has no null.
 NaN and infinity are refused everywhere: "no limit" is said by None.
@@ -143,14 +144,26 @@ def from_word(word, base, many, optional):
     if optional and word == "none":
         return None
     if many:
-        items = word.split(",") if word else []
-        return [from_word(item.strip(), base, False, False) for item in items]
+        return [from_word(item, base, False, False) for item in apart(word)]
     if base is bool:
         return {"true": True, "false": False}.get(word, word)
     try:
         return base(word)
     except ValueError:
         return word
+
+
+def apart(word):
+    """Its items between the commas that stand in no brackets, without blanks around them: "a",
+    "f(b, c)" of "a, f(b, c)". None of an empty word."""
+    items, depth = [""], 0
+    for letter in word:
+        depth = max(0, depth + (letter == "(") - (letter == ")"))
+        if letter == "," and not depth:
+            items.append("")
+        else:
+            items[-1] += letter
+    return [item.strip() for item in items] if word else []
 
 
 def help_text(Config, doc=None):

@@ -29,10 +29,11 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from boxes import FRAMES, View
 from example import Example
 from images import image_size, open_image
 from patches import mrope_positions, patchify, smart_resize
-from template import Template, find_template
+from template import Template, find_template, frame_words
 
 # ------------------------------------------------------------------------------------ prompt, batch
 
@@ -48,6 +49,7 @@ class Prompt:
     image_at: Tensor  # (I,) int64: places of the image tokens in ids
     example: Example
     text: str  # the whole prompt, with one <|image_pad|> for each image
+    states: Tensor | None = None  # (P, E): what rollout.look made of the patches, which are gone
 
     @property
     def next_position(self) -> int:
@@ -66,6 +68,7 @@ class Batch:
     grid: Tensor  # (n, 3) int64
     image_at: Tensor  # (I,) int64: places in the packed ids
     next_position: Tensor  # (B,) int64
+    states: Tensor | None  # (P, E) in place of patches
 
     def to(self, device) -> "Batch":
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -84,16 +87,8 @@ def collate(prompts: list[Prompt]) -> Batch:
         grid=torch.cat([p.grid for p in prompts]),
         image_at=torch.cat([p.image_at + int(start) for p, start in zip(prompts, starts)]),
         next_position=torch.tensor([p.next_position for p in prompts]),
+        states=None if prompts[0].states is None else torch.cat([p.states for p in prompts]),
     )
-
-
-def with_picture(prompts: list[Prompt]) -> list[Prompt]:
-    """The prompts; if none has a picture, the first gets a blank one that no token stands for: what
-    the vision tower runs on where other processes have pictures, and wait for its gradients."""
-    if any(len(p.grid) for p in prompts):
-        return prompts
-    blank = prompts[0].patches.new_zeros(4, prompts[0].patches.shape[1])
-    return [replace(prompts[0], patches=blank, grid=torch.tensor([[1, 2, 2]])), *prompts[1:]]
 
 
 # ---------------------------------------------------------------------------------------- processor
@@ -106,15 +101,15 @@ BANNED = ("<|im_start|>", *MARKUP[2:], "<|vision_pad|>", "<|video_pad|>")
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
          "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
          "preprocessor_config.json", "processor_config.json", "generation_config.json")  # fmt: skip
+# The frame in which each family was taught to speak of boxes (arXiv 2409.12191 and 2502.13923).
+SPOKEN = {"qwen2_vl": "0-1000", "qwen2_5_vl": "resized"}
 # Qwen2-VL's preprocessor_config.json, for what a checkpoint's own does not say.
 PREPROCESSOR = {
-    "image_processor_type": "Qwen2VLImageProcessor", "do_convert_rgb": True,
-    "do_resize": True, "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},  # pixels
-    "resample": 3,  # bicubic
-    "do_rescale": True, "rescale_factor": 1 / 255,
-    "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
+    "image_processor_type": "Qwen2VLImageProcessor", "do_convert_rgb": True, "do_resize": True,
+    "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},  # pixels
+    "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,  # bicubic
+    "image_mean": [0.48145466, 0.4578275, 0.40821073], "patch_size": 14, "merge_size": 2,
+    "image_std": [0.26862954, 0.26130258, 0.27577711], "temporal_patch_size": 2,
 }  # fmt: skip
 
 
@@ -131,15 +126,22 @@ class Processor:
     image_id: int
     vocab_size: int  # tokens with a meaning; the model's embedding may have more rows
     files: dict[str, bytes] = field(repr=False)
+    frame: str = SPOKEN["qwen2_vl"]  # of the boxes that the model speaks of, see boxes.FRAMES
+    gold_frame: str = "pixels"  # of the boxes of rows that have no column "frame"
 
     @classmethod
-    def from_pretrained(cls, folder, template="r1v", min_pixels=None, max_pixels=None, system=None):
+    def from_pretrained(cls, folder, template="r1v", min_pixels=None, max_pixels=None, system=None,
+                        frame=None, gold_frame="pixels"):  # fmt: skip
         """Reads a Hugging Face folder. template, system: see template.find_template.
 
-        min_pixels, max_pixels (of an image, after resizing) go before the folder's. Raises
-        ValueError, naming the folder, for what is missing or does not fit together.
+        min_pixels, max_pixels (of an image, after resizing) go before the folder's; frame: None for
+        SPOKEN's. ValueError, naming the folder, for what is missing or does not fit together.
         """
         folder = Path(folder)
+        spoken = SPOKEN.get(read_json(folder / "config.json").get("model_type"), cls.frame)
+        frames = {"frame": frame or spoken, "gold_frame": gold_frame}
+        if not set(frames.values()) <= set(FRAMES):
+            raise ValueError(f"{frames}: must be of {', '.join(FRAMES)}")
         files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         tokenizer = load_tokenizer(folder)
         settings = image_settings(folder, min_pixels, max_pixels)
@@ -156,6 +158,7 @@ class Processor:
             image_id=tokenizer.token_to_id("<|image_pad|>"),
             vocab_size=tokenizer.get_vocab_size(),
             files=files,
+            **frames,
         )
 
     def save_pretrained(self, folder) -> None:
@@ -194,11 +197,19 @@ class Processor:
             image = np.asarray(Image.fromarray(image).resize(size[::-1], settings["resample"]))
         return patchify(image, self.table, patch, merge, settings["temporal_patch_size"])
 
-    def tokens(self, example: Example, grids: list[tuple]) -> tuple[list, list, list, str]:
-        """Ids, layout (see mrope_positions), places of image tokens and text of a prompt. grids:
-        (moments, rows, columns) of each image in tokens. Each text is encoded by itself."""
+    def seen(self, example: Example, sizes) -> Example:
+        """The example with its view, by (height, width) of its images."""
+        sizes = tuple((*size, *self.resized(*size)) for size in sizes)
+        return replace(example, view=View(self.frame, example.frame or self.gold_frame, sizes))
+
+    def tokens(self, example: Example) -> tuple[list, list, list, str]:
+        """Ids, layout (see mrope_positions), places of image tokens and text of the prompt of an
+        example with a view. Each text is encoded by itself."""
+        factor = self.settings["patch_size"] * self.settings["merge_size"]
+        grids = [(1, h // factor, w // factor) for _, _, h, w in example.view.sizes]
         ids, layout, image_at, text = [], [], [], ""
-        for piece in self.template.turns(example.problem, grids, example.extra.get("system")):
+        asked = example.problem, grids, example.extra.get("system"), frame_words(example.view)
+        for piece in self.template.turns(*asked):
             is_image = isinstance(piece, tuple) and len(piece) == 3
             if is_image:
                 new, shown = [self.image_id] * math.prod(piece), "<|image_pad|>"
@@ -213,30 +224,27 @@ class Processor:
 
     def length(self, example: Example) -> int:
         """Tokens of its prompt, from the sizes of its images: no pixel is decoded."""
-        factor = self.settings["patch_size"] * self.settings["merge_size"]
-        sizes = [self.resized(*image_size(source)) for source in example.images]
-        grids = [(1, h // factor, w // factor) for h, w in sizes]
-        return len(self.tokens(example, grids)[0])
+        return len(self.tokens(self.seen(example, map(image_size, example.images)))[0])
 
     def prompt(self, example: Example, max_length: int | None = None) -> Prompt:
-        """System turn, user turn and the start of an answer, as the template says. ValueError,
-        naming the example's row, for an image that cannot be read and for a prompt of more than
-        max_length tokens, which is never cut."""
+        """System turn, user turn and the start of an answer, as the template says; its example has
+        a view. ValueError, naming the row, for an image that cannot be read and for a prompt of
+        more than max_length tokens, which is never cut."""
         try:
-            read = [self.read_image(source) for source in example.images]
+            images = [open_image(source) for source in example.images]
+            read = [self.read_image(image) for image in images]
         except ValueError as error:
             raise ValueError(f"{example.row}: {error}") from error
-        merge, C = self.settings["merge_size"], self.settings["patch_size"] ** 2 * 3
-        none = np.empty((0, C * self.settings["temporal_patch_size"]), np.float32)
-        grids = [(t, h // merge, w // merge) for _, (t, h, w) in read]
-        ids, layout, image_at, text = self.tokens(example, grids)
+        C = self.settings["patch_size"] ** 2 * 3 * self.settings["temporal_patch_size"]
+        example = self.seen(example, [image.shape[:2] for image in images])
+        ids, layout, image_at, text = self.tokens(example)
         if max_length is not None and len(ids) > max_length:
             raise ValueError(f"{example.row}: the prompt has {len(ids)} tokens ({len(image_at)} of "
                              f"images), at most {max_length} are allowed; none is cut")
-        patches = torch.from_numpy(np.concatenate([none, *(patches for patches, _ in read)]))
+        patches = np.concatenate([np.empty((0, C), np.float32), *(patches for patches, _ in read)])
         grid = torch.tensor([grid for _, grid in read], dtype=torch.int64).view(-1, 3)
-        ids, image_at = torch.tensor(ids), torch.tensor(image_at, dtype=torch.int64)
-        return Prompt(ids, patches, grid, mrope_positions(layout), image_at, example, text)
+        tensors = torch.tensor(ids), torch.from_numpy(patches), grid, mrope_positions(layout)
+        return Prompt(*tensors, torch.tensor(image_at, dtype=torch.int64), example, text)
 
 
 def without_long(examples: Sequence, length, key: str, most: int | None, bad_rows: str) -> Sequence:

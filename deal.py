@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import parallel
-from data import Prompt, with_picture
+from data import Prompt
 from rollout import Rollout
 
 
@@ -91,10 +91,22 @@ def pictured(prompts: list[Prompt]) -> bool:
     return any(parallel.gathered(any(len(p.grid) for p in prompts)))
 
 
+def with_picture(prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts; if none has a picture, the first gets a blank one that no token stands for: what
+    the vision tower runs on where other processes have pictures, and wait for its gradients."""
+    if any(len(p.grid) for p in prompts):
+        return prompts
+    of = "patches" if prompts[0].states is None else "states"
+    like = getattr(prompts[0], of)
+    blank = {of: like.new_zeros(4, like.shape[1]), "grid": torch.tensor([[1, 2, 2]])}
+    return [replace(prompts[0], **blank), *prompts[1:]]
+
+
 def few_tokens(p: Prompt) -> Prompt:
     """The first four tokens of a prompt: something to run in a micro-batch that is empty."""
     return replace(p, ids=p.ids[:4], positions=p.positions[:, :4], patches=p.patches[:0],
-                   grid=p.grid[:0], image_at=p.image_at[:0])  # fmt: skip
+                   grid=p.grid[:0], image_at=p.image_at[:0],
+                   states=None if p.states is None else p.states[:0])  # fmt: skip
 
 
 def prompts_of_parts(

@@ -2,6 +2,7 @@
 
     python evaluate.py --model runs/tiny --data world:B:n=500 --out b.json
     python evaluate.py --model DIR --data superclevr.jsonl --images pictures --scorer count
+    python evaluate.py --model DIR --data refcoco.jsonl --images coco --scorer rec     # or detect
     make eval GPUS=8 MODEL=DIR DATA=geoqa.jsonl IMAGES=DIR ARGS="--scorer geoqa --out geoqa.json"
     python evaluate.py --rescore b.json --scorer count       # a results file, ours or R1-V's
 
@@ -15,7 +16,6 @@ the fields of R1-V's logs; its rates are shares in [0, 1], where theirs is in pe
 loads no model; its last line is JSON, in percent.
 """
 
-import glob
 import json
 import sys
 from contextlib import closing
@@ -26,22 +26,27 @@ import torch
 from tqdm import tqdm
 
 import parallel
-import rewards
-import scorers
-import verify
 from ahead import Ahead
+from boxes import FRAMES
 from config import opt, parse
 from data import Processor
-from journal import append, newest_checkpoint, write_json
+from journal import newest_checkpoint, write_json
+from kept import ASKED, Kept, about
 from model import Qwen2VL
-from rewards import gold_answer
 from rollout import sample
 from rows import load_examples
-from scorers import check_results, load_scorer, rescore, score_row, summary, told
-from shards import digest
-
-ASKED = ("data", "images", "bad_rows", "limit", "max_new", "temperature", "top_p", "top_k", "seed",
-         "min_pixels", "max_pixels", "bf16")  # keys that say what is asked, and how
+from scorers import (
+    NUMBERS,
+    Scorer,
+    answerable,
+    check_results,
+    further,
+    load_scorer,
+    rescore,
+    score_row,
+    summary,
+    told,
+)
 
 
 @dataclass(frozen=True)
@@ -49,15 +54,20 @@ class Config:
     """Keys of `python evaluate.py`."""
 
     model: str = opt("runs", "checkpoint: folder, run, folder of runs (the newest in it), hub id")
-    data: str = opt("world:A:n=500", "questions: world:…, a file, a folder, a hub id")
+    data: str = opt("world:A:n=500", "questions: world:…, a file, a folder, a hub id; several with "
+                    "' + ' between them")
     images: str | None = opt(None, "folder of the images; default: beside the data")
     out: str | None = opt(None, "results file to write, JSON")
-    scorer: str = opt("accuracy", "R1-V's count or geoqa, or a reward by name or file.py:function")
+    scorer: str = opt("accuracy", "R1-V's count or geoqa, boxes: rec or detect, or any reward")
     rescore: str | None = opt(None, "results file to score anew, instead of asking a model")
     bad_rows: str = opt("refuse", "or skip: leave them out", choices=("refuse", "skip"))
     template: str | None = opt(None, "prompt template by name, or a text that holds {Question}; "
                                "default: that of the run the model comes from, else r1v")
     system: str | None = opt(None, "system prompt; default: the template's, or the run's")
+    frame: str | None = opt(None, "coordinates of boxes that the model speaks of; default: the "
+                            "run's, else by its family", choices=FRAMES)
+    gold_frame: str | None = opt(None, "coordinates of the data's boxes; default: the run's, else "
+                                 "pixels", choices=FRAMES)
     limit: int | None = opt(None, "questions at most", least=1)
     batch: int = opt(64, "questions per batch", least=1)
     max_new: int = opt(256, "tokens of an answer at most", least=1)
@@ -76,10 +86,10 @@ class Config:
         if self.temperature == 0 and (self.top_p < 1 or self.top_k):
             raise ValueError("top_p, top_k: need a temperature above 0; at 0 answers are greedy")
         idle = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
-        idle = [name for name in idle if name not in ("rescore", "scorer", "out")]
+        idle = [name for name in idle if name not in ("rescore", "scorer", "out", "bad_rows")]
         if self.rescore and idle:
             raise ValueError(f"{', '.join(idle)}: would do nothing with --rescore, which asks no "
-                             "model; it goes with --scorer and --out")
+                             "model; it goes with --scorer, --bad_rows and --out")
 
 
 def evaluate(
@@ -89,21 +99,22 @@ def evaluate(
     batch: int = 64,
     max_new: int = 256,
     title: str = "evaluate",
-    scorer: str = "accuracy",
-    kept: "Kept | None" = None,
+    scorer: str | Scorer = "accuracy",
+    kept: Kept | None = None,
     workers: int | None = 0,
     **sampling,
 ) -> dict:
     """Answers to all examples: {"accuracy", "low", "high", "format", ..., "results": [...]}.
 
     Greedy, unless `sampling` (temperature, top_p, top_k, seed of rollout.sample) says otherwise.
-    scorer: a name as in scorers.load_scorer. kept: where answers are kept as they come, and those
-    that are there already are not asked again. workers: processes that prepare the next batch.
+    scorer: loaded, or a name as in scorers.load_scorer. kept: where answers are kept as they come,
+    and those that are there are not asked again. workers: processes that prepare the next batch.
 
     Several processes answer a share each, and all return the whole.
-    accuracy (with its 95 % interval low, high), format and unparsable are shares in [0, 1].
+    What the numbers are is told at scorers.summary and scorers.NUMBERS.
     """
-    score, done = load_scorer(scorer), dict(kept.rows) if kept else {}
+    score = load_scorer(scorer) if isinstance(scorer, str) else scorer
+    done = dict(kept.rows) if kept else {}
     left = [i for i in range(len(examples)) if i not in done]
     first, count = parallel.share(len(left))
     left, new = left[first : first + count], {}
@@ -121,9 +132,9 @@ def evaluate(
                 numbers, prompts, out.texts, logps, out.lengths.tolist()
             ):
                 example = prompt.example
-                asked = {"problem": example.problem, "row": example.row, "task": example.task}
-                rows[i] = {"question": asked, "prompt": prompt.text,
-                           **score_row(text, example, score), "logp": logp, "length": length}
+                rows[i] = {"question": question(example), "prompt": prompt.text,
+                           **score_row(text, example, score, length),
+                           "logp": logp, "length": length}
             if kept:
                 kept.add(rows)
             new |= rows
@@ -134,17 +145,29 @@ def evaluate(
     return {**summary(results), "results": results}
 
 
-def load_evals(sources: tuple[str, ...]) -> dict:
-    """{NAME: held-out examples} of "NAME=SOURCE" items, as in the key `evals` of a run."""
-    named = (item.split("=", 1) for item in sources)
-    return {name: load_examples(source, part="test") for name, source in named}
+def question(example) -> dict:
+    """What a row of results holds of an example, for rewards that score it anew: its columns too,
+    as far as they are texts or numbers, and no answers."""
+    columns = {key: value for key, value in example.extra.items()
+               if isinstance(value, str | int | float)
+               and key not in ("completion", "thinking", "system")}  # fmt: skip
+    return {**columns, "problem": example.problem, "row": example.row, "task": example.task}
 
 
-def evaluate_all(model, processor, evals: dict, max_new: int, out: Path, when: str) -> dict:
+def load_evals(sources: tuple[str, ...], scorer: str = "accuracy") -> dict:
+    """{NAME: held-out examples} of "NAME=SOURCE" items, as in the key `evals` of a run. ValueError
+    for an unknown scorer, or gold answers that it cannot read."""
+    named, judge = (item.split("=", 1) for item in sources), load_scorer(scorer)
+    return {name: answerable(judge, load_examples(source, part="test")) for name, source in named}
+
+
+def evaluate_all(model, processor, evals: dict, max_new: int, out: Path, when: str,
+                 scorer: str | Scorer = "accuracy") -> dict:  # fmt: skip
     """Greedy results on every eval; details go to eval/NAME_WHEN.json, summaries are returned."""
     found = {}
     for name, examples in evals.items():
-        full = evaluate(model, processor, examples, max_new=max_new, title=f"{when}: {name}")
+        full = evaluate(model, processor, examples, max_new=max_new, title=f"{when}: {name}",
+                        scorer=scorer)
         if parallel.rank() == 0:
             write_json(full, out / "eval" / f"{name}_{when}.json")
         found[name] = {k: v for k, v in full.items() if k != "results"}
@@ -158,103 +181,12 @@ def print_summary(found: dict, out: Path, page: Path) -> None:
     for name, b in found["before"].items():
         a = found["after"][name]
         cells = (f"{x['accuracy']:.3f} ({x['low']:.2f}-{x['high']:.2f})" for x in (b, a))
-        print(f"{name:10}  {'  '.join(cells)}  {b['format']:.2f} -> {a['format']:.2f}")
+        more = {key: (further(b).get(key), further(a).get(key)) for key in NUMBERS}
+        more = {NUMBERS[key]: " -> ".join("none" if v is None else f"{v:.3f}" for v in pair)
+                for key, pair in more.items() if pair != (None, None)}  # fmt: skip
+        print(f"{name:10}  {'  '.join(cells)}  {b['format']:.2f} -> {a['format']:.2f}"
+              + "".join(f"\n{'':10}  {key:10} {values}" for key, values in more.items()))
     print(f"\ncheckpoint  {newest_checkpoint(str(out))}\nreport      {page}")
-
-
-# -------------------------------------------------------------------- an interrupted evaluation
-
-
-class Kept:
-    """Answers that are kept as they come, beside a results file: OUT.part0, OUT.part1, …
-
-    A process writes one of them: a line that says what is evaluated (`about`, JSON), then a line
-    for each answer. rows: {number of the example: its row} of what lies there already. What a kill
-    cut short is left out. ValueError if it is of another evaluation. Made by all processes at once.
-    """
-
-    def __init__(self, out: str, about: dict, examples):
-        self.out, self.about, wrong = out, about, None
-        self.rows, self.path = {}, Path(f"{out}.part{parallel.rank()}")
-        if parallel.rank() == 0:
-            try:
-                self.gather(examples)
-            except (ValueError, OSError) as error:
-                wrong = str(error)
-        self.rows, wrong = parallel.gathered((self.rows, wrong))[0]
-        if wrong:
-            raise ValueError(wrong)
-        if parallel.rank() > 0:
-            append(self.path, {"about": about})
-
-    def paths(self) -> list[Path]:
-        """The files there are, of any number of processes."""
-        return [Path(p) for p in sorted(glob.glob(f"{glob.escape(self.out)}.part[0-9]*"))
-                if p.rpartition(".part")[2].isdigit()]
-
-    def gather(self, examples) -> None:
-        """Reads all files, and makes them the one of the first process: whole before any goes."""
-        Path(self.out).parent.mkdir(parents=True, exist_ok=True)
-        for path in self.paths():
-            self.rows |= self.read(path, examples)
-        whole = self.path.with_name(self.path.name + ".tmp")
-        whole.unlink(missing_ok=True)
-        append(whole, {"about": self.about})
-        for i, row in self.rows.items():
-            append(whole, {"i": i, "row": row})
-        whole.replace(self.path)
-        for path in self.paths():
-            if path != self.path:
-                path.unlink()
-
-    def read(self, path: Path, examples) -> dict[int, dict]:
-        """The rows of one file. What stands behind its last newline was cut short."""
-        try:
-            lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-            about = lines[0]["about"] if lines else self.about
-            rows = {line["i"]: line["row"] for line in lines[1:]}
-            asked = {i: (row["question"]["problem"], row["question"]["row"], row["ground_truth"])
-                     for i, row in rows.items()}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: is damaged ({error!r}); remove it to start anew") from error
-        differ = [key for key in self.about if about.get(key) != self.about[key]]
-        if not differ and any(i >= len(examples) or said(examples[i]) != asked[i] for i in rows):
-            differ = ["data"]
-        if differ:
-            raise ValueError(f"{path}: answers of another evaluation, which was interrupted: "
-                             f"another {', '.join(differ)}. Remove it, or give another --out")
-        return rows
-
-    def add(self, rows: dict[int, dict]) -> None:
-        """Keeps some more, at once."""
-        for i, row in rows.items():
-            append(self.path, {"i": i, "row": row})
-
-    def remove(self) -> None:
-        """All gone; the results are written."""
-        for path in {self.path, *(self.paths() if parallel.rank() == 0 else ())}:
-            path.unlink(missing_ok=True)
-
-
-def said(example) -> tuple[str, str, str]:
-    return example.problem, example.row, gold_answer(example.solution)
-
-
-def about(cfg: Config, folder: str, processor: Processor, examples) -> dict:
-    """What an evaluation is, JSON: if it differs, the answers of an interrupted one cannot stay.
-    Neither batch size nor number of processes is in it; the code that scores is."""
-    weights = sorted(Path(folder).glob("*.safetensors"))
-    file = Path(cfg.scorer.rpartition(":")[0])
-    code = [Path(module.__file__).read_bytes() for module in (scorers, rewards, verify)]
-    code += [file.read_bytes()] if file.is_file() else []
-    return {
-        **{key: getattr(cfg, key) for key in ASKED},
-        "model": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights],
-        "template": processor.prompt(examples[0]).text,  # with the system turn
-        "pixels": [processor.settings["min_pixels"], processor.settings["max_pixels"]],
-        "scorer": f"{cfg.scorer} {digest(*code)}",
-        "n": len(examples),
-    }
 
 
 # ---------------------------------------------------------------------------------- the command
@@ -274,20 +206,25 @@ def check_out(out: str, *inputs: str | None) -> None:
             raise ValueError(f"--out {out}: {name} would be overwritten; give another --out")
 
 
-def prompt_of(folder: str, template: str | None, system: str | None) -> dict:
-    """{"template", "system"}: those asked for; without a template, those that the run of the
-    checkpoint was trained with, or r1v for any other checkpoint."""
+def prompt_of(folder: str, template: str | None, system: str | None, frame: str | None = None,
+              gold_frame: str | None = None) -> dict:  # fmt: skip
+    """Arguments of Processor.from_pretrained: those asked for; else those that the run of the
+    checkpoint was trained with, or for any other r1v, its system turn, None (the model family's),
+    pixels. Beside a template that is asked for, the run's system turn does not count."""
     config = Path(folder).parent / "config.json"
-    run = json.loads(config.read_text()) if config.is_file() and template is None else {}
-    return {"template": template or run.get("template", "r1v"),
-            "system": run.get("system") if system is None else system}  # fmt: skip
+    run = json.loads(config.read_text()) if config.is_file() else {}
+    told = run if template is None else {}
+    return {"template": template or told.get("template", "r1v"),
+            "system": told.get("system") if system is None else system,
+            "frame": frame or run.get("frame"),
+            "gold_frame": gold_frame or run.get("gold_frame") or "pixels"}  # fmt: skip
 
 
 def run(cfg: Config) -> dict:
     """Evaluates a checkpoint as cfg says, prints the rates, writes the results."""
     device, folder = parallel.start(), newest_checkpoint(cfg.model)
-    load_scorer(cfg.scorer)  # refused before a model is read, as is an --out
-    asked = prompt_of(folder, cfg.template, cfg.system)
+    scorer = load_scorer(cfg.scorer)  # refused before a model is read, as is an --out
+    asked = prompt_of(folder, cfg.template, cfg.system, cfg.frame, cfg.gold_frame)
     head = {"model": folder, **asked, **{key: getattr(cfg, key) for key in (*ASKED, "scorer")}}
     if cfg.out:
         check_out(cfg.out, cfg.data)
@@ -297,9 +234,10 @@ def run(cfg: Config) -> dict:
     processor = Processor.from_pretrained(folder, min_pixels=cfg.min_pixels,
                                           max_pixels=cfg.max_pixels, **asked)
     examples = load_examples(cfg.data, cfg.images, "test", cfg.limit, cfg.bad_rows)
+    examples = answerable(scorer, examples, cfg.bad_rows)
     kept = Kept(cfg.out, about(cfg, folder, processor, examples), examples) if cfg.out else None
     with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=cfg.bf16):
-        found = evaluate(model, processor, examples, cfg.batch, cfg.max_new, scorer=cfg.scorer,
+        found = evaluate(model, processor, examples, cfg.batch, cfg.max_new, scorer=scorer,
                          kept=kept, seed=cfg.seed, temperature=cfg.temperature, top_p=cfg.top_p,
                          top_k=cfg.top_k, workers=cfg.workers)
     if parallel.rank() == 0:
@@ -322,7 +260,7 @@ def run_rescore(cfg: Config) -> dict:
     if cfg.out:
         check_out(cfg.out, cfg.rescore)
         check_results(cfg.out, head)
-    found = rescore(cfg.rescore, load_scorer(cfg.scorer))
+    found = rescore(cfg.rescore, load_scorer(cfg.scorer), cfg.bad_rows)
     if cfg.out:
         write_json({**head, **found}, cfg.out)
     missing = sum(row["extracted_answer"] is None for row in found["results"])

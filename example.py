@@ -5,16 +5,20 @@
 Read are R1-V's columns (problem, solution, image), VLM-R1's and LLaVA's (conversations of human and
 gpt), TRL's (prompt or messages, with a solution or a completion), and their usual other names.
 Of a chat one question and one answer are read, with a system message before them; more turns are
-refused. Images go before the text of the question, whatever place "<image>" had in it.
+refused. Images go before the text of the question, in their order and whatever place "<image>" had
+in it, as VLM-R1 does (grpo_jsonl.py); the template may put them elsewhere.
 
-The gold answer is the solution, or where there is none what the assistant said. A thought that it
+The gold answer is the solution, or where there is none what the assistant said: a text, a number,
+or boxes as lists and dicts, which become JSON. A thought that it
 opens with, <think>...</think>, is no part of the gold answer: it is kept in extra["thinking"], and
 the whole in extra["completion"], from which supervised training learns to the letter.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from boxes import FRAMES, View
 from images import find_images
 from rewards import THINK, gold_answer
 
@@ -25,7 +29,8 @@ class Example:
 
     extra holds what else the row has, for rewards and training of one's own: its other columns; the
     "scene" and the "program" of a world's question; and, where the row has them, "thinking" (with
-    its tags), "completion" (all that the assistant said) and "system".
+    its tags), "completion" (all that the assistant said) and "system". Of boxes: "frame", in which
+    the solution gives them, and "box_image", the place of the picture they lie in (default: 0).
     """
 
     problem: str
@@ -34,6 +39,21 @@ class Example:
     task: str = ""
     row: str = ""  # where it came from: "train.jsonl:12", "train-00000-of-00002.parquet#3"
     extra: dict = field(default_factory=dict, repr=False, compare=False)
+    view: View | None = field(default=None, repr=False, compare=False)  # set by Processor.prompt
+
+    def __post_init__(self):
+        if self.frame is not None and self.frame not in FRAMES:
+            raise ValueError(f"frame {self.frame!r:.80}: must be one of {', '.join(FRAMES)}")
+        at, there = self.extra.get("box_image"), range(len(self.images))
+        if at is not None and (isinstance(at, bool) or at not in there):
+            raise ValueError(f"box_image {at!r:.80}: must be the place of one of its "
+                             f"{len(there)} images, from 0")
+
+    @property
+    def frame(self) -> str | None:
+        """In which its gold boxes are given, if a column "frame" of text says so."""
+        said = self.extra.get("frame")
+        return said if isinstance(said, str) else None
 
 
 # Names that mean the same. A row has one of each line, or an error says which two it has.
@@ -69,9 +89,10 @@ def to_example(fields: dict, base: Path, row: str = "") -> Example:
     if not problem.strip():
         raise ValueError(f"no problem ({', '.join(ASKED[1:])}): a text is expected")
     gold = told if gold is None else gold
-    if isinstance(gold, bool) or not isinstance(gold, str | int | float):
-        raise ValueError(f"no solution ({', '.join(GOLD[1:])}): a text or a number is expected")
-    thought, solution = split_thought(str(gold))
+    if isinstance(gold, bool) or not isinstance(gold, str | int | float | list | dict):
+        raise ValueError(f"no solution ({', '.join(GOLD[1:])}): a text, a number or boxes are "
+                         "expected")
+    thought, solution = split_thought(as_text(gold))
     if told is None and thought:
         told = gold
     if told is not None:
@@ -121,8 +142,11 @@ def read_turns(asked, completion) -> tuple[dict[str, str], list]:
 
 def read_content(content, role: str) -> tuple[str, list]:
     """Text of a message, with an anchor for each image part, and the images that the parts hold."""
-    if isinstance(content, str) or (role == "assistant" and type(content) in (int, float)):
-        return str(content), []
+    first = content[0] if isinstance(content, list) and content else None
+    parts = isinstance(first, dict) and "type" in first
+    told = role == "assistant" and not parts and type(content) in (int, float, list, dict)
+    if isinstance(content, str) or told:
+        return as_text(content), []
     if not isinstance(content, list):
         raise ValueError(f"the {role}'s content {content!r:.80}: expected a text or parts")
     texts, held = [], []
@@ -137,6 +161,14 @@ def read_content(content, role: str) -> tuple[str, list]:
             raise ValueError(f"a part {part!r:.80} of the {role}'s content: only text is read, and "
                              "images of the user")
     return "".join(texts), held
+
+
+def as_text(gold: str | float | list | dict) -> str:
+    """A gold answer as text: boxes, in lists and dicts, as JSON."""
+    try:
+        return gold if isinstance(gold, str) else json.dumps(gold, ensure_ascii=False)
+    except TypeError as error:
+        raise ValueError(f"the solution {gold!r:.80}: {error}") from error
 
 
 def without_anchors(text: str, images: int, plain: bool) -> str:

@@ -30,22 +30,24 @@ from torch import Tensor
 
 import deal
 import journal
+import lora
 import parallel
 import plan
 import trackers
 import worker
 from ahead import Ahead
+from boxes import FRAMES
 from checkpoint import read_config
 from config import opt, parse
 from data import Processor, without_long
 from evaluate import load_evals
+from grading import fitting, load_rewards
 from journal import Seconds
 from logbook import Logbook, announce, check_room
-from model import Qwen2VL
-from optim import apply_gradients, draw_rows, make_optimizers, schedule, set_lr
+from lora import PARTS, Learns
+from optim import apply_gradients, backward, draw_rows, make_optimizers, schedule, set_lr
 from resume import Stop, open_run, take_up
-from rewards import load_rewards
-from rollout import Rollout, sample, score
+from rollout import Rollout, look, sample, score
 from rows import left_out, load_examples
 from tally import has_signal, reward_table, step_metrics, total_reward
 
@@ -63,6 +65,9 @@ class Config:
     min_pixels: int | None = opt(None, "pixels of an image at least; default: the checkpoint's")
     max_pixels: int | None = opt(None, "pixels of an image at most; default: the checkpoint's")
     max_prompt: int | None = opt(None, "refuse rows of more tokens at the start, or skip them")
+    frame: str | None = opt(None, "pixels, resized or 0-1000, in which the model says boxes; "
+                            "default: that of its family", choices=FRAMES)
+    gold_frame: str = opt("pixels", "that of the rows' boxes, if they name none", choices=FRAMES)
     workers: int | None = opt(None, "processes that prepare the next step's prompts; default: 4 "
                               "beside a GPU, else 0", least=0)
     out: str = opt("runs/grpo", "folder of the run")
@@ -93,6 +98,12 @@ class Config:
     updates_per_batch: int = opt(1, "updates on each batch of samples", least=1)
     mask_truncated: bool = opt(False, "completions cut at max_new do not train (DAPO)")
 
+    freeze: tuple[str, ...] = opt((), "parts that do not learn", choices=PARTS)
+    lora: int = opt(0, "rank r of adapters, which learn instead of the weights; 0: none", least=0)
+    lora_alpha: float | None = opt(None, "they count alpha / r times; default: 2 r", above=0)
+    lora_dropout: float = opt(0.0, "share of their input that is left out", least=0, below=1)
+    lora_targets: tuple[str, ...] = opt((), "layers that have one; none: all linear ones")
+    lora_vision: bool = opt(False, "vision tower and merger have adapters, too")
     optimizer: str = opt("adamw", "adamw; muon: Muon for matrices, AdamW for the rest",
                          choices=("adamw", "muon"))
     lr: float = opt(1e-6, "step size", above=0)
@@ -110,6 +121,7 @@ class Config:
     compile: bool = opt(False, "fuse what blocks do by torch.compile: for a GPU")
 
     evals: tuple[str, ...] = opt((), "NAME=SOURCE, scored greedily before and after")
+    scorer: str = opt("accuracy", "what scores the evals, as in evaluate.py")
     probes: int = opt(6, "questions of the first eval that the report follows", least=0)
     probe_every: int = opt(25, "steps between probes and logged samples", least=1)
     save_every: int = opt(100, "steps between checkpoints", least=1)
@@ -124,6 +136,7 @@ class Config:
 
     def check(self):
         """ValueError for what no single key can say."""
+        Learns.of(self)
         names = [item.partition("=")[0] for item in self.evals]
         for item, name in zip(self.evals, names):
             if not item.startswith(f"{name}=") or ":" in name or names.count(name) > 1:
@@ -190,8 +203,11 @@ def sample_groups(model, ahead: Ahead, drawn, count, cfg) -> Rollout:
     """The next `count` prompts of the data order with their completions (lines 5 and 7)."""
     rows, later = (draw_rows(len(ahead.examples), cfg.seed, start, count)
                    for start in (drawn, drawn + cfg.prompts))  # fmt: skip
-    return sample(model, ahead.processor, ahead(rows, expected=later), cfg.group, cfg.max_new,
-                  cfg.temperature, cfg.seed, uids=list(range(drawn, drawn + count)))
+    prompts = ahead(rows, expected=later)
+    if Learns.of(cfg).looks_once:
+        prompts = look(model, prompts)
+    return sample(model, ahead.processor, prompts, cfg.group, cfg.max_new, cfg.temperature,
+                  cfg.seed, uids=list(range(drawn, drawn + count)))
 
 
 def sample_batch(model, ahead: Ahead, rewards, drawn, cfg):
@@ -233,7 +249,8 @@ def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
         with torch.no_grad():
             return [score(policy, p[0], cfg.temperature, banned)[0] for p in parts]
 
-    refs = frozen(reference) if reference else [None] * len(parts)
+    with lora.adapter_off(reference):
+        refs = frozen(reference) if reference else [None] * len(parts)
     parallel.release(reference)
     olds = frozen(model) if cfg.updates_per_batch > 1 else [None] * len(parts)
     skipped = 0
@@ -249,7 +266,7 @@ def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
                 token_loss = token_loss + cfg.beta * kl
                 sums["kl"] += (kl.detach() * counted).sum()
             loss = (w * token_loss).sum()
-            loss.backward()
+            backward(loss)
             sums["loss"] += loss.detach()
             sums["entropy"] += (entropy * counted).sum()
             high, low = (ratio > 1 + cfg.clip_high) & (a > 0), (ratio < 1 - cfg.clip_low) & (a < 0)
@@ -274,7 +291,7 @@ def memory_plan(cfg: Config, start, processor, examples, evals) -> plan.Plan:
         prompts=cfg.prompts, group=cfg.group, max_new=cfg.max_new, micro=cfg.micro_prompts, **asked,
         processes=parallel.size(), shards=cfg.shard_group, optimizer=cfg.optimizer, bf16=cfg.bf16,
         recompute=cfg.recompute, beta=cfg.beta, eval_new=cfg.max_new if evals else 0,
-        micro_tokens=cfg.micro_tokens, gpu=torch.cuda.is_available(),
+        micro_tokens=cfg.micro_tokens, gpu=torch.cuda.is_available(), learns=Learns.of(cfg),
     ))  # fmt: skip
 
 
@@ -290,24 +307,23 @@ def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNames
                                cfg.reward_memory)
         start = journal.newest_checkpoint(cfg.model)
         processor = Processor.from_pretrained(start, cfg.template, cfg.min_pixels, cfg.max_pixels,
-                                              cfg.system)
+                                              cfg.system, cfg.frame, cfg.gold_frame)
         loaded = load_examples(cfg.data, cfg.images, "train", bad_rows=cfg.bad_rows)
         evals = load_evals(cfg.evals)
-        rows = without_long(loaded, processor.length, "max_prompt", cfg.max_prompt, cfg.bad_rows)
+        rows = fitting(rewards, loaded, cfg.bad_rows)
+        rows = without_long(rows, processor.length, "max_prompt", cfg.max_prompt, cfg.bad_rows)
         needs = memory_plan(cfg, start, processor, rows, evals)
         announce(needs, device, cfg, len(rows), cfg.steps, cfg.prompts)
     run = open_run(cfg, cfg.steps)
     check_room(needs, run, cfg, cfg.steps)
     state = run.numbers or {"step": 0, "drawn": 0, "bad": 0, "rows": len(rows), "start": start}
-    load = partial(Qwen2VL.from_pretrained, device=device, shard=shard)
+    start = state["start"]
     with parallel.agreed():
-        policy = load(run.checkpoint or start).prepare(cfg.compile, cfg.recompute)
+        policy = lora.load(Learns.of(cfg), start, run.checkpoint, cfg.seed, device, shard)
+        policy.prepare(cfg.compile, cfg.recompute)
         optimizers = make_optimizers(policy, cfg.optimizer, cfg.lr, cfg.weight_decay)
         take_up(run, policy, optimizers, len(rows))
-        low, reference = torch.bfloat16 if cfg.bf16 else torch.float32, None
-        if cfg.beta:  # in what is computed in, so that no copy need be made: it never changes
-            reference = load(state["start"], low if shard else torch.float32)
-            reference.frozen(low).prepare(cfg.compile)
+        reference = lora.reference(policy, start, cfg.bf16, device, shard) if cfg.beta else None
         book = Logbook(cfg, run, seconds, stop, steps=cfg.steps, model=policy, evals=evals,
                        processor=processor, optimizers=optimizers, state=state,
                        shown=("reward", "length/mean"))
@@ -349,6 +365,7 @@ def train(cfg: Config) -> dict:
                                                               state["drawn"], cfg)
             # 9: compute the advantages through group relative estimation
             adv = group_advantages(reward := total_reward(table, rewards), cfg.advantage).to(device)
+            lora.seed_dropout(policy, cfg.seed, step, parallel.rank())
             with seconds("update"), half():
                 # 10: for GRPO iteration = 1, ..., mu    11: update by the GRPO objective
                 found = update(policy, run.reference, run.optimizers, rollout, adv,

@@ -27,11 +27,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from boxscores import marked
 from checkpoint import checkpoint_folder
 from data import Prompt
+from grading import score_all
 from hub import is_hub_id
 from images import open_image
-from rewards import score_all
 from rollout import Rollout, sample
 
 
@@ -124,6 +125,7 @@ def log_rollout(out: Path, step: int, rollout: Rollout, names, table, reward, ad
     """The first `most` groups of a step to rollouts.jsonl. names of the R reward functions, their
     table (R, B, G), the weighted sum reward (B, G) that was trained on, adv (B, G)."""
     for b, prompt in enumerate(rollout.prompts[:most]):
+        asked, said = marked(rollout.texts[b], prompt.example)
         completions = [
             {
                 "text": text,
@@ -132,13 +134,14 @@ def log_rollout(out: Path, step: int, rollout: Rollout, names, table, reward, ad
                 "advantage": float(adv[b, g]),
                 "length": int(rollout.lengths[b, g]),
                 "finished": bool(rollout.finished[b, g]),
+                **said[g],
             }
             for g, text in enumerate(rollout.texts[b])
         ]
         append(out / "rollouts.jsonl", {
             "step": step, "prompt": prompt.text, "problem": prompt.example.problem,
             "solution": prompt.example.solution, "row": prompt.example.row,
-            "images": save_images(out, prompt, f"rollout_{step:06d}_{b}"),
+            "images": save_images(out, prompt, f"rollout_{step:06d}_{b}"), **asked,
             "completions": completions,
         })  # fmt: skip
 
@@ -147,16 +150,18 @@ def log_probes(out: Path, step: int, model, processor, prompts: list[Prompt], re
     """Greedy answers to the same few questions, to probes.jsonl."""
     if not prompts:
         return
-    texts = [text for (text,) in sample(model, processor, prompts, 1, max_new, temperature=0).texts]
-    table = score_all(rewards, texts, [p.example for p in prompts])
+    out_of = sample(model, processor, prompts, 1, max_new, temperature=0)
+    texts = [text for (text,) in out_of.texts]
+    table = score_all(rewards, texts, [p.example for p in prompts], out_of.lengths[:, 0].tolist())
     names = [name for name, _, _ in rewards]
+    marks = [marked([text], p.example) for p, text in zip(prompts, texts)]
     answers = [
         {
             "problem": p.example.problem, "solution": p.example.solution, "text": text,
             "images": save_images(out, p, f"probe_{i}"),
-            "rewards": dict(zip(names, values)),
+            "rewards": dict(zip(names, values)), **asked, **said,
         }
-        for i, (p, text, *values) in enumerate(zip(prompts, texts, *table))
+        for i, (p, text, (asked, [said]), *values) in enumerate(zip(prompts, texts, marks, *table))
     ]  # fmt: skip
     append(out / "probes.jsonl", {"step": step, "answers": answers})
 

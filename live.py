@@ -9,8 +9,10 @@ true when the code changes. What a device's allocator adds is not seen.
 """
 
 import ctypes
+import os
 import weakref
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -78,3 +80,19 @@ def keep_memory() -> None:
     with suppress(OSError, AttributeError):  # no glibc
         for threshold in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: bytes
             ctypes.CDLL(None).mallopt(threshold, 1 << 30)
+
+
+def memory_of(device: str, processes: int = 1, root: str = "/") -> int:
+    """Bytes of memory of a GPU; of a CPU, the share of one of the `processes` on this machine, of
+    which a container or a job may have a part (cgroups below `root`)."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[1]
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    groups = Path(root, "proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
+        _, kind, name = line.split(":", 2)
+        folder = Path(root, "sys/fs/cgroup", kind, name.strip("/"))
+        file = "memory.limit_in_bytes" if kind == "memory" else "memory.max"  # version 1; 2
+        limits = [p / file for p in (folder, *folder.parents) if (p / file).is_file()]
+        found += [int(told) for p in limits if (told := p.read_text().strip()) != "max"]
+    return min(found) // processes

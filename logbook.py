@@ -23,6 +23,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+import live
 import parallel
 import plan
 import report
@@ -33,6 +34,7 @@ from config import to_dict
 from evaluate import evaluate_all, print_summary
 from journal import Seconds, append, peak_memory_gb, steps_of, write_json
 from resume import Run, Stop
+from scorers import evaluated, load_scorer
 
 REFRESH = 60  # seconds between two versions of the report; more where writing it takes long
 
@@ -40,7 +42,7 @@ REFRESH = 60  # seconds between two versions of the report; more where writing i
 def announce(found: plan.Plan, device: str, cfg, rows: int, steps: int, batch: int) -> None:
     """Prints what a run will take, and ends it there if it is a dry run. ValueError where it cannot
     fit into memory, before a weight was read."""
-    limit = plan.memory_of(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    limit = live.memory_of(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if parallel.rank() == 0:
         told = f"{steps} steps of {batch} rows, {steps * batch / rows:.2f} epochs of {rows}; "
         told += f"{parallel.size()} process{'es' * (parallel.size() > 1)}, {device.split(':')[0]}"
@@ -69,8 +71,9 @@ class Logbook:
     """Of the run `run`, by all its processes; the first one writes.
 
     state: what resuming needs beside model and optimizers, for JSON: "step" (the last that was
-    done), "before", "best" and what the loop adds. shown: metrics of the progress bar. ValueError
-    as told by trackers.open_trackers.
+    done), "before", "best" (of eval_saves: the highest mean over the evals of what the scorer gave)
+    and what the loop adds. shown: metrics of the progress bar. ValueError as told by
+    load_scorer and trackers.open_trackers.
     """
 
     def __init__(self, cfg, run: Run, seconds: Seconds, stop: Stop, *, steps: int, model, processor,
@@ -78,6 +81,7 @@ class Logbook:
         self.cfg, self.run, self.out, self.seconds, self.stop = cfg, run, run.out, seconds, stop
         self.total, self.model, self.processor, self.evals = steps, model, processor, evals
         self.optimizers, self.state, self.shown = optimizers, state, shown
+        self.scorer = load_scorer(cfg.scorer)
         self.first, self.last, self.rows = parallel.rank() == 0, False, deque(maxlen=100)
         self.half = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=cfg.bf16)
         self.resumed, self.next_page, self.trackers = state["step"] > 0, time.monotonic(), []
@@ -92,10 +96,10 @@ class Logbook:
             self.state["before"] = self.score("before")
 
     def score(self, when: str) -> dict:
-        """Greedy results on every eval, details in eval/NAME_WHEN.json."""
+        """Greedy results on every eval by the run's scorer; details in eval/NAME_WHEN.json."""
         with self.seconds("eval"), self.half(), parallel.whole_weights(self.model) as sampler:
             return evaluate_all(sampler, self.processor, self.evals, self.cfg.max_new, self.out,
-                                when)
+                                when, self.scorer)
 
     def steps(self, title: str) -> Iterator[int]:
         """The numbers of the steps that are left. Signals wait for the end of a step; where one
@@ -116,11 +120,11 @@ class Logbook:
         saves = step == self.total or step % cfg.save_every == 0
         scores = saves and cfg.eval_saves and self.evals and step < self.total
         if scores and not any(parallel.gathered(bool(self.stop.reason))):
-            found = {k: v["accuracy"] for k, v in self.score(f"step_{step:06d}").items()}
-            row |= {f"eval/{name}": accuracy for name, accuracy in found.items()}
-            mean = sum(found.values()) / len(found)
-            if mean >= state.get("best", {"accuracy": 0.0})["accuracy"]:
-                state["best"] = {"step": step, "accuracy": mean}
+            found = self.score(f"step_{step:06d}")
+            row |= evaluated(found)
+            mean = sum(each["score"] for each in found.values()) / len(found)
+            if mean >= state.get("best", {}).get("score", -math.inf):
+                state["best"] = {"step": step, "score": mean}
         lap = self.seconds.lap()
         row |= {f"time/{name}": spent for name, spent in lap.items()
                 if name not in ("all", "setup")}

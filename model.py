@@ -28,13 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from adapter import read_weights
 from attention import Cache, Layout, Step, attend, half
 from checkpoint import (
     ModelConfig,
     VisionConfig,
     checkpoint_folder,
     read_config,
-    read_weights,
     save_weights,
 )
 
@@ -310,6 +310,7 @@ class Qwen2VL(nn.Module):
     """Qwen2-VL or Qwen2.5-VL. `forward` gives hidden states; `head` turns them into logits."""
 
     compiled = False  # see `prepare`
+    adapter = None  # lora.Learns of a model with factors beside its weights
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -355,12 +356,16 @@ class Qwen2VL(nn.Module):
         return self.model(x, positions, layout, cache, wanted)
 
     def run(self, ids, positions, layout: Layout, batch, cache=None, wanted=None) -> Tensor:
-        """`forward` with the pictures of a batch (data.Batch), if any: patches (P, C), grid (n, 3)
-        and places image_at (I,). Where it has pictures but no places, they are a dummy that gives
-        the tower something to run, and a gradient of zeros."""
+        """`forward` with the pictures of a batch (data.Batch), if any: patches (P, C) or the states
+        (P, E) that the tower made of them, grid (n, 3) and places image_at (I,). Where it has
+        pictures but no places, they are a dummy that gives the tower something to run, and a
+        gradient of zeros."""
         if not len(batch.grid):
             return self.forward(ids, positions, layout, cache=cache, wanted=wanted)
-        features = self.visual(batch.patches, batch.grid)
+        states = batch.states
+        if states is None:
+            states = self.visual.patch_states(batch.patches, batch.grid)
+        features = self.visual.merger(states)
         features = features if len(batch.image_at) else features[:0]
         return self.forward(ids, positions, layout, features, batch.image_at, cache, wanted)
 
@@ -400,9 +405,10 @@ class Qwen2VL(nn.Module):
             if compiled:
                 block.forward = torch.compile(block.forward, dynamic=True)
             if recompute:
-                block.forward = partial(
-                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-                )
+                block.forward = partial(  # dropout must be the same twice
+                    checkpoint, block.forward, use_reentrant=False,
+                    preserve_rng_state=bool(self.adapter and self.adapter.dropout),
+                )  # fmt: skip
         return self
 
     @torch.no_grad()
@@ -420,10 +426,11 @@ class Qwen2VL(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, dtype=torch.float32, device="cpu", shard=None) -> "Qwen2VL":
-        """A checkpoint of either family: a folder, or its id on the hub. Runs no code of it.
+        """A checkpoint of either family: a folder, or its id on the hub. Runs no code of it. Of a
+        LoRA checkpoint: its base with the adapter merged into it.
 
-        shard: shares out the weights of a model on the meta device (parallel.shard); of each weight
-        that is read this process then keeps its slice.
+        shard: what becomes of the model on the meta device, such as parallel.shard, after which
+        this process keeps its slice of each weight that is read; and lora.set_learning.
         Errors: FileNotFoundError, ValueError, see checkpoint.checkpoint_folder and read_weights.
         """
         folder = checkpoint_folder(name)
@@ -431,8 +438,10 @@ class Qwen2VL(nn.Module):
         with torch.device("meta"):
             model = cls(cfg)
         model = shard(model) if shard else model
-        tied, wanted = cfg.tie_word_embeddings, model.state_dict()
-        model.load_state_dict(read_weights(folder, wanted, tied, dtype, device), assign=True)
+        tied, state = cfg.tie_word_embeddings, model.state_dict()
+        wanted = {name: p for name, p in state.items() if ".lora_" not in name}  # lora.load's
+        found = read_weights(folder, wanted, tied, dtype, device)
+        model.load_state_dict(found, strict=False, assign=True)
         if tied:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model

@@ -13,21 +13,25 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from checkpoint import like
+from lora import part_of
 from parallel import full
 
 
 def make_optimizers(model, kind: str, lr: float, weight_decay: float = 0.0) -> list:
-    """kind adamw, or muon: Muon for the matrices between embedding and head, AdamW for the rest.
+    """kind adamw, or muon: Muon for the matrices between embedding and head, AdamW for the rest; of
+    the weights that learn.
 
     Muon's step is scaled to the size of AdamW's, so that `lr` means the same for both.
     """
-    named = list(model.named_parameters())
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     outer = ("embed_tokens", "lm_head")
     matrix = {n for n, p in named if p.ndim == 2 and not any(word in n for word in outer)}
     if kind == "adamw":
         matrix = set()
     rest = [p for n, p in named if n not in matrix]
-    found = [torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, fused=True)]
+    found = []
+    if rest:
+        found = [torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, fused=True)]
     if matrix:
         inner = [p for n, p in named if n in matrix]
         found.append(Muon(
@@ -82,10 +86,10 @@ def set_lr(optimizers: list, lr: float) -> None:
             group["lr"] = lr
 
 
-def part_of(name: str) -> str:
-    """The part of the model that a weight belongs to: vision, merger or language."""
-    inner = "merger" if "merger." in name else "vision"
-    return inner if name.startswith("visual.") else "language"
+def backward(loss) -> None:
+    """loss.backward(), unless nothing that learns is in it: text, where only vision learns."""
+    if loss.requires_grad:
+        loss.backward()
 
 
 def apply_gradients(model, optimizers: list, max_norm: float, loss: float) -> dict:

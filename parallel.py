@@ -38,6 +38,7 @@ from torch.distributed.tensor import DTensor
 
 from attention import halved
 from live import keep_memory
+from lora import merged
 
 BEAT, SILENT = 3, 30  # seconds between signs of life; without one a process is taken for dead
 
@@ -178,12 +179,14 @@ def full(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def full_state_dict(model) -> dict[str, Tensor]:
-    """The whole weights, by name, on the CPU of the first process; {} elsewhere. All call it."""
+def full_state_dict(model, names=None) -> dict[str, Tensor]:
+    """The whole weights, by name, on the CPU of the first process; {} elsewhere. All call it.
+    names: of these weights only."""
+    state, found = model.state_dict(), {}
+    state = {name: p for name, p in state.items() if names is None or name in names}
     if size() == 1:
-        return model.state_dict()
-    found = {}
-    for name, weight in model.state_dict().items():
+        return state
+    for name, weight in state.items():
         whole = full(weight)
         if rank() == 0:
             found[name] = whole.to("cpu", copy=True)  # a gathered one is padded, in part
@@ -223,9 +226,9 @@ COPIES = weakref.WeakKeyDictionary()  # of models that learn: those that are sam
 
 
 def copy(model, bf16: bool):
-    """The model once more, with whole weights as they are computed with now, to sample from. It is
-    made once, then overwritten: a CUDA graph wants weights to stay where they are, and autocast
-    would cast all of them for each token."""
+    """The model once more, with whole weights as they are computed with now, to sample from; an
+    adapter is merged into them. It is made once, then overwritten: a CUDA graph wants weights to
+    stay where they are, and autocast would cast all of them for each token."""
     low, parts = torch.bfloat16 if bf16 else torch.float32, fsdp_parts(model)
     if model not in COPIES or COPIES[model].head.dtype != low:
         # fully_shard gathers all in it, autocast casts linear layers.
@@ -237,9 +240,8 @@ def copy(model, bf16: bool):
             if part in parts:  # gathered a block at a time
                 part.unshard()
             if part in (model, *parts):
-                for name, p in part.named_parameters(prefix, remove_duplicate=False):
-                    if not isinstance(p, DTensor):
-                        into[name].copy_(p)
+                for name, p in merged(part, prefix):
+                    into[name].copy_(p)
             if part in parts:
                 part.reshard()
     return COPIES[model]

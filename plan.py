@@ -1,7 +1,7 @@
 """The memory plan of a run before it starts: what each process needs, and a refusal if it has less.
 
     found = plan.of(read_config(folder), plan.Work(prompts=16, group=8, processes=8, ...))
-    print(plan.text(found, limit := plan.memory_of("cuda:0")))
+    print(plan.text(found, limit := live.memory_of("cuda:0")))
     plan.check(found, limit)                      # ValueError says how much, and what would help
 
 Three moments are planned: sampling, the passes over the largest micro-batch, the optimizer's step.
@@ -17,7 +17,6 @@ tokens, D width, P patches of a prompt, E width of the vision tower, N weights.
 """
 
 import math
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from attention import Cache, Layout, Step
 from checkpoint import ModelConfig
 from images import image_size
 from live import nbytes, passing, trained
+from lora import ALL, Learns, set_learning
 from model import DecoderLayer, PatchMerger, Qwen2VL, RMSNorm, VisionBlock
 from optim import make_optimizers
 from rollout import token_logp
@@ -40,6 +40,7 @@ from sampling import draw, scaled_logits
 
 EVAL_BATCH = 64  # questions that evaluate.evaluate answers at a time
 MOMENTS = {"sampling": "sampling", "update": "the update", "step": "the optimizer's step"}
+EYE = (VisionBlock, "visual.blocks.0."), (PatchMerger, "visual.merger.")
 PARTS = ("weights", "reference", "optimizer", "gradients", "gathered weights", "KV cache",
          "kept for backward", "temporary")  # fmt: skip
 
@@ -65,6 +66,7 @@ class Work:
     eval_new: int = 0  # tokens of an answer in the evaluations; 0: there are none
     sft: bool = False  # nothing is sampled but in evaluations
     gpu: bool = False  # attention is flash attention; weights to sample with stay, and so a cache
+    learns: Learns = ALL
 
     @property
     def packed(self) -> bool:
@@ -109,28 +111,31 @@ class Plan:
 # --------------------------------------------------------------------------------------- the plan
 
 
-def computing(module: nn.Module, work: Work) -> nn.Module:
+def computing(module: nn.Module, work: Work, prefix: str = "layers.0.") -> nn.Module:
     """The module with its weights as they are computed with: fully_shard gathers all in bfloat16,
-    autocast copies those of linear layers."""
+    autocast copies those of linear layers. prefix: of its names, which tell what of it learns."""
+    set_learning(module, work.learns, prefix)
     for part in module.modules() if work.bf16 else ():
         if work.processes > 1 or isinstance(part, nn.Linear):
             for name, p in list(part.named_parameters(recurse=False)):
-                setattr(part, name, nn.Parameter(p.bfloat16()))
+                setattr(part, name, nn.Parameter(p.bfloat16(), requires_grad=p.requires_grad))
     return module
 
 
 def of(cfg: ModelConfig, work: Work) -> Plan:
     """The plan of a run, in about a second; no weight is read."""
     with torch.device("meta"):
-        model = Qwen2VL(cfg)
-    blocks = [size(block) for block in (*model.visual.blocks, *model.model.layers)]
-    N, root = size(model), size(model) - sum(blocks)
+        model = set_learning(Qwen2VL(cfg), work.learns)
+    parts = (model, *model.visual.blocks, *model.model.layers)
+    (N, *blocks), (L, *learnt) = map(size, parts), map(learning, parts)
+    root, root_learnt = N - sum(blocks), L - sum(learnt)
     adam, muon = ([p.numel() for o in make_optimizers(model, work.optimizer, 1.0)
                    if isinstance(o, torch.optim.AdamW) == kind
                    for group in o.param_groups for p in group["params"]]
                   for kind in (True, False))  # fmt: skip
     adam, beside = sum(adam), 12 * max(muon, default=0)  # AdamW's step needs nothing beside
-    c, models, head = 2 if work.bf16 else 4, 2 if work.beta else 1, model.head.numel()
+    c, head = 2 if work.bf16 else 4, model.head.numel()
+    models = 2 if work.beta and not work.learns.rank else 1
     linear = sum(size(m) for m in model.modules() if isinstance(m, nn.Linear))
     whole = c * N  # bytes of weights to sample with, and of a reference: see Qwen2VL.frozen
     if work.processes == 1 and work.bf16:
@@ -139,16 +144,17 @@ def of(cfg: ModelConfig, work: Work) -> Plan:
         # Roots stay. A block runs, one comes, and so does the buffer that it comes in. Gradients
         # are whole, then float32, until they are shared out: of a block at once, of the root last.
         held = models * root * c
-        gathered = whole + held - root * c, held + root * c + max(blocks) * (4 * c + 4), held
-        beside = max(root * (c + 4), beside)
+        block = 3 * c * max(blocks) + (c + 4) * max(learnt)
+        gathered = whole + held - root * c, held + root_learnt * c + block, held
+        beside = max(root_learnt * (c + 4), beside)
     else:  # autocast keeps copies of linear layers, of the model that learns; not of the head there
         copies, learns = 2 * linear * work.bf16, 2 * (linear - head) * work.bf16
         gathered = copies, learns, learns
     if work.gpu and (work.processes > 1 or work.bf16):  # weights to sample with stay
         gathered = [whole + held for held in (gathered[2] * (work.processes > 1), *gathered[1:])]
-    share = 4 * N // work.copy
-    fixed = {"weights": share, "reference": whole // work.copy * (models - 1),
-             "optimizer": 4 * (N + adam) // work.copy}  # fmt: skip
+    share = 4 * L // work.copy
+    fixed = {"weights": 4 * N // work.copy, "reference": whole // work.copy * (models - 1),
+             "optimizer": 4 * (L + adam) // work.copy}  # fmt: skip
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=work.bf16), \
             attention.exact_on(*() if work.gpu else ("cpu",)):
         kept, extra = training(cfg, work)
@@ -160,11 +166,15 @@ def of(cfg: ModelConfig, work: Work) -> Plan:
              {"KV cache": stays, "gradients": share, "temporary": beside})  # fmt: skip
     moments = {name: {**fixed, "gathered weights": held, **part}
                for name, held, part in zip(MOMENTS, gathered, parts)}
-    return Plan(cfg, work, N, moments, 4 * (2 * N + adam))
+    return Plan(cfg, work, N, moments, 4 * ((L if work.learns.rank else N) + L + adam))
 
 
 def size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def learning(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def batches(work: Work) -> list[tuple[int, int, int]]:
@@ -195,16 +205,21 @@ def training(cfg: ModelConfig, work: Work) -> tuple[int, int]:
                             work.recompute) for rows in (None, wanted))  # fmt: skip
     learnt = x.new_empty(len(wanted), x.shape[1])  # what the head reads
     kind = v.dtype if work.processes > 1 else torch.float32  # one process casts the head
-    head = torch.empty(cfg.vocab_size, x.shape[1], dtype=kind, requires_grad=True)
-    last = trained(lambda h: token_logp(h, head, wanted)[0], learnt.to(v.dtype), also=(head,))
+    heads = "language" in work.learns.parts and not work.learns.rank  # it learns
+    head = torch.empty(cfg.vocab_size, x.shape[1], dtype=kind, requires_grad=heads)
+    last = trained(lambda h: token_logp(h, head, wanted)[0], learnt.to(v.dtype),
+                   also=(head,) * heads)
     text = (cfg.num_hidden_layers - 1) * layer[0] + final[0] + trained(norm, learnt)[0]
     text += nbytes(x, turn, turn, wanted, layout.hidden)
     if not work.patches:
         return text, max(layer[1], sum(last))
-    block, merger = (computing(m(cfg.vision), work) for m in (VisionBlock, PatchMerger))
+    block, merger = (computing(m(cfg.vision), work, at) for m, at in EYE)
     calls = [(slice(0, len(v)), B, work.patches)]
-    block = trained(partial(block, cos=vturn, sin=vturn, calls=calls), v, work.recompute)
-    merger, pixels = trained(merger, v), pixels // (2 if work.bf16 else 1)
+    block = partial(block, cos=vturn, sin=vturn, calls=calls)
+    learnt = {"vision", "merger"} & {*work.learns.parts}
+    block = trained(block, v, work.recompute) if "vision" in learnt else (0, passing(block, v))
+    merger = trained(merger, v) if learnt else (0, passing(merger, v))
+    pixels //= 2 if work.bf16 else 1
     tower = cfg.vision.depth * block[0] + merger[0] + nbytes(v, vturn, vturn) + pixels
     # When the tower's turn comes, backwards, what the decoder kept is free again.
     return text + tower, max(layer[1], sum(last), max(block[1], merger[1]) - text)
@@ -233,7 +248,7 @@ def sampling(cfg: ModelConfig, work: Work, B: int, G: int, T: int) -> tuple[int,
     last = max(write, passing(choose, y.to(v.dtype)), max(map(nbytes, kept)))
     worst = [whole + last, whole + read]
     if work.patches:
-        block, merger = (computing(m(cfg.vision), work) for m in (VisionBlock, PatchMerger))
+        block, merger = (computing(m(cfg.vision), work, at) for m, at in EYE)
         calls = [(slice(0, len(v)), B, work.patches)]
         tower = max(passing(block, v, vturn, vturn, calls), passing(merger, v)) + nbytes(v)
         pixels *= 2 if cfg.vision.window else 1  # windows: in their order
@@ -259,22 +274,6 @@ def spread(rows: Sequence, most: int = 64) -> Iterator:
     """At most `most` of the rows, evenly spread, the first and the last among them."""
     count = min(most, len(rows))
     return (rows[i * (len(rows) - 1) // max(1, count - 1)] for i in range(count))
-
-
-def memory_of(device: str, processes: int = 1, root: str = "/") -> int:
-    """Bytes of memory of a GPU; of a CPU, the share of one of the `processes` on this machine, of
-    which a container or a job may have a part (cgroups below `root`)."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[1]
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    groups = Path(root, "proc/self/cgroup")
-    for line in groups.read_text().splitlines() if groups.is_file() else ():
-        _, kind, name = line.split(":", 2)
-        folder = Path(root, "sys/fs/cgroup", kind, name.strip("/"))
-        file = "memory.limit_in_bytes" if kind == "memory" else "memory.max"  # version 1; 2
-        limits = [p / file for p in (folder, *folder.parents) if (p / file).is_file()]
-        found += [int(told) for p in limits if (told := p.read_text().strip()) != "max"]
-    return min(found) // processes
 
 
 # ------------------------------------------------------------------------------------ what it says

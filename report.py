@@ -8,7 +8,6 @@ what is not there is left out, broken lines are skipped, of a step logged twice 
 That of a running run says so and is loaded again every minute.
 """
 
-import base64
 import contextlib
 import html
 import json
@@ -18,11 +17,14 @@ import sys
 import time
 from pathlib import Path
 
+import overlay
 from chart import Curve, draw, esc, number, series, show, spread
+from overlay import inlined, load, overlaid
 from rewards import ANSWER, THINK, gold_answer
+from scorers import NUMBERS, evaluated, further
 
 STEPS, GROUPS, COMPLETIONS, PROBES = 3, 3, 12, 9  # samples: steps, of each, of each; probed steps
-TEXT, PICTURE = 2400, 2_000_000  # characters of a completion, bytes of a picture, at most
+TEXT = 2400  # characters of a completion at most
 PHASES = ("sample", "update", "log", "save", "eval")  # of a step
 TAGS = re.compile("|".join(html.escape(tag) for tag in THINK + ANSWER))
 
@@ -86,23 +88,30 @@ def marks(rewards: dict | None) -> str:
     return " ".join(out)
 
 
-def picture(folder: Path, name, alt: str = "") -> str:
-    """The picture at a path relative to the run, inlined; a note if it is missing or outside."""
-    root, data, size = folder.resolve(), b"", ""
-    with contextlib.suppress(OSError, ValueError, RuntimeError):  # unreadable, NUL, a loop of links
-        path = (root / str(name)).resolve()
-        if path.is_relative_to(root) and path.is_file() and path.stat().st_size <= PICTURE:
-            data = path.read_bytes()
-    kinds = {b"\x89PNG": "png", b"\xff\xd8": "jpeg", b"RIFF": "webp"}
-    kind = next((kinds[start] for start in kinds if data.startswith(start)), None)
-    if kind is None:
-        return f"<p>No picture: {esc(name)} is missing, outside the run, too large or no image.</p>"
-    if kind == "png":  # its header holds the size; a small picture is enlarged by a whole number
-        wide, high = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
-        times = max(1, 224 // max(1, wide))
-        size = f'width="{wide * times}" height="{high * times}" class="{"pixels" * (times > 1)}"'
-    code = base64.b64encode(data).decode()
-    return f'<img alt="{esc(alt)}" {size} src="data:image/{kind};base64,{code}">'
+def pictures(folder: Path, row: dict) -> str:
+    """Those of a question, side by side, with its true boxes; a note for what cannot be shown."""
+    out, alt = [], f"Picture for: {row.get('problem', '')}"
+    for i, name in enumerate(row.get("images") or []):
+        if (picture := load(folder, name)) is None:
+            out.append(f"<p>No picture: {esc(name)} is missing, outside the run, too large or no "
+                       "image.</p>")  # fmt: skip
+        elif "gold_boxes" in row and i == row.get("box_image", 0) and picture.size:
+            out.append(overlaid(picture, alt, row["gold_boxes"]))
+        else:
+            out.append(inlined(picture, alt))
+    key = overlay.LEGEND if "gold_boxes" in row else ""
+    return f'<div class="pictures">{"".join(out)}</div>{key}' * bool(out)
+
+
+def pointed(folder: Path, row: dict, answer: dict) -> str:
+    """The picture of a question again, with its true boxes and those that an answer says."""
+    names, at = row.get("images") or [], row.get("box_image", 0)
+    known = answer.get("boxes") and "gold_boxes" in row and at in range(len(names))
+    picture = load(folder, names[at]) if known else None
+    if picture is None or picture.size is None:
+        return ""
+    alt = "The same, with the boxes of this answer"
+    return overlaid(picture, alt, row["gold_boxes"], answer["boxes"], again=True)
 
 
 def curves(rows: list[dict], summary: dict) -> str:
@@ -116,11 +125,15 @@ def curves(rows: list[dict], summary: dict) -> str:
     found = {key for row in rows for key in row}
     own = [Curve(k, k[7:], "Mean of this reward.") for k in sorted(found - {c.key for c in CURVES})
            if k.startswith("reward/")]  # fmt: skip
-    own += [Curve(k, f"{k[5:]}, greedy", "Right answers to all questions of this set. Should rise.",
-                  True, (0, 1)) for k in sorted(found) if k.startswith("eval/")]  # fmt: skip
+    for k in sorted(k for k in found if k.startswith("eval/") and k.count("/") == 1):
+        own.append(Curve(k, f"{k[5:]}, greedy", "Right answers to all questions of this set. "
+                         "Should rise.", True, (0, 1)))  # fmt: skip
+        if also := [f"{k}/{key}" for key in NUMBERS if f"{k}/{key}" in found]:
+            said = ", ".join(NUMBERS[key.rpartition("/")[2]] for key in also)
+            own.append(Curve(also[0], f"{k[5:]}: {said}", "Over all questions of this set.",
+                             False, (0, 1), tuple(also[1:])))  # fmt: skip
     for when, at in (("before", 0), ("after", rows[-1]["step"] if rows else 0)):
-        sets = summary.get(when) or {}
-        rows = [*rows, {"step": at} | {f"eval/{k}": v.get("accuracy") for k, v in sets.items()}]
+        rows = [*rows, {"step": at, **evaluated(summary.get(when) or {})}]
     rows.sort(key=lambda row: row["step"])
     out, zero = [], []
     for curve in (*CURVES[:3], *own, *CURVES[3:]):
@@ -147,17 +160,22 @@ def phases(rows: list[dict]) -> str:
 def results(summary: dict) -> str:
     """The evaluations before and after as a table; empty if there is none."""
     out, found = [], {when: summary.get(when) or {} for when in ("before", "after")}
+    there = {key for sets in found.values() for row in sets.values() for key in further(row)}
+    more = [key for key in NUMBERS if key in there]
     for name in dict.fromkeys(name for sets in found.values() for name in sets):
         for when, row in ((when, sets[name]) for when, sets in found.items() if name in sets):
             x, low, high = (100 * (number(row.get(k)) or 0) for k in ("accuracy", "low", "high"))
-            shares = [show(row.get(k), True) for k in ("accuracy", "format", "unparsable")]
-            shares[0] = (f"<b>{shares[0]}</b> <small>{low:.1f} to {high:.1f}</small></td><td><svg "
-                         'viewBox="-4 0 108 10"><path class="grid" d="M0 5H100"/><path class="line"'
-                         f' d="M{low:.1f} 5H{high:.1f}"/><circle cx="{x:.1f}" cy="5" r="3"/></svg>')
-            cells = "</td><td>".join((*shares, show(row.get("length")), show(row.get("n"))))
+            cells = [f"<b>{show(row.get('accuracy'), True)}</b> <small>{low:.1f} to {high:.1f}"
+                     '</small></td><td><svg viewBox="-4 0 108 10"><path class="grid" d="M0 5H100"/>'
+                     f'<path class="line" d="M{low:.1f} 5H{high:.1f}"/><circle cx="{x:.1f}" cy="5" '
+                     'r="3"/></svg>']  # fmt: skip
+            cells += [show(row.get(key)) for key in more]
+            cells += [show(row.get(key), True) for key in ("format", "unparsable")]
+            cells += [show(row.get(key)) for key in ("length", "n")]
             out.append(f'<tr class="{when}"><th scope="row">{esc(name)} <small>{when}</small></th>'
-                       f"<td>{cells}</td></tr>")  # fmt: skip
-    titles = ("Set", "Accuracy", "0 to 100 %", "Format", "Unparsable", "Tokens", "n")
+                       f"<td>{'</td><td>'.join(cells)}</td></tr>")  # fmt: skip
+    titles = ("Set", "Accuracy", "0 to 100 %", *(NUMBERS[key] for key in more), "Format",
+              "Unparsable", "Tokens", "n")  # fmt: skip
     top = "".join(f'<th scope="col">{title}</th>' for title in titles)
     return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(out)}</tbody></table>" * bool(out)
 
@@ -165,10 +183,10 @@ def results(summary: dict) -> str:
 def asked(folder: Path, row: dict, lines: list[str]) -> str:
     """A question with its pictures and right answer, and beside it what was said, line by line."""
     problem, gold = str(row.get("problem", "")), gold_answer(str(row.get("solution", "")))
-    images = [picture(folder, name, f"Picture for: {problem}") for name in row.get("images") or []]
     prompt = f"<details><summary>Prompt</summary><pre>{esc(row.get('prompt'))}</pre></details>"
-    return (f"<article><div>{''.join(images)}<h3>{esc(problem)}</h3><p>Right answer: <b>{esc(gold)}"
-            f"</b></p>{prompt * ('prompt' in row)}</div><ol>{''.join(lines)}</ol></article>")
+    return (f"<article><div>{pictures(folder, row)}<h3>{esc(problem)}</h3><p>Right answer: "
+            f"<b>{esc(gold)}</b></p>{prompt * ('prompt' in row)}</div><ol>{''.join(lines)}</ol>"
+            "</article>")  # fmt: skip
 
 
 def probes(folder: Path, rows: list[dict]) -> str:
@@ -176,8 +194,8 @@ def probes(folder: Path, rows: list[dict]) -> str:
     followed = {}
     for row in spread(rows, PROBES):
         for i, answer in enumerate(row.get("answers") or []):
-            line = (f"<li><p>step {show(row['step'])} {marks(answer.get('rewards'))}</p>"
-                    f"{said(answer.get('text', ''))}</li>")  # fmt: skip
+            line = (f"<li><div><p>step {show(row['step'])} {marks(answer.get('rewards'))}</p>"
+                    f"{pointed(folder, answer, answer)}</div>{said(answer.get('text', ''))}</li>")
             followed.setdefault((i, answer.get("problem")), (answer, []))[1].append(line)
     return "".join(asked(folder, answer, lines) for answer, lines in followed.values())
 
@@ -187,10 +205,10 @@ def group(folder: Path, row: dict) -> str:
     lines, done = [], [(number(c.get("advantage")) or 0.0, c) for c in row.get("completions") or []]
     for adv, c in spread(sorted(done, key=lambda pair: -pair[0]), COMPLETIONS):
         kind, sign = ("up", "▲ +") if adv > 0 else ("down", "▼ ") if adv < 0 else ("", "")
-        lines.append(f'<li class="{kind}"><p><b>{sign}{adv:.2f}</b> reward {show(c.get("reward"))} '
-                     f"{marks(c.get('rewards'))} {show(c.get('length'))} tokens"
-                     f"{', cut off' * (not c.get('finished', True))}</p>{said(c.get('text', ''))}"
-                     "</li>")  # fmt: skip
+        lines.append(f'<li class="{kind}"><div><p><b>{sign}{adv:.2f}</b> reward '
+                     f"{show(c.get('reward'))} {marks(c.get('rewards'))} {show(c.get('length'))} "
+                     f"tokens{', cut off' * (not c.get('finished', True))}</p>"
+                     f"{pointed(folder, row, c)}</div>{said(c.get('text', ''))}</li>")
     return asked(folder, row, lines)
 
 
@@ -218,7 +236,7 @@ def page(folder: Path, running: bool = False) -> str:
                       "likely.", "".join(groups)))  # fmt: skip
     body = "".join(f"<section><h2>{title}</h2><p>{text}</p>{found or '<p>Nothing was logged.</p>'}"
                    "</section>" for title, text, found in parts)  # fmt: skip
-    return PAGE.format(name=esc(folder.resolve().name), style=STYLE, body=body,
+    return PAGE.format(name=esc(folder.resolve().name), style=STYLE + overlay.STYLE, body=body,
                        about="</p><p>".join(filter(None, notes)), table=results(summary),
                        reload=RELOAD * running, config=esc(json.dumps(config, indent=1)))
 
@@ -270,8 +288,8 @@ max-width: 100%; height: auto; margin-bottom: .6rem} article {margin: 2rem 0} .p
 {display: block; padding: .3rem .7rem; border-left: 3px solid var(--rule); margin-bottom: 2px} .up
 {border-color: var(--yes)} .down {border-color: var(--no)} @media (min-width: 52rem) {article, li
 {display: grid; grid-template-columns: 15rem 1fr; gap: 2rem} li {gap: 1rem}} ol span {white-space:
-nowrap} @media (max-width: 40rem) {small {display: block} tr > :nth-child(3), tr > :last-child
-{display: none} tbody th { min-width: 4.5rem}}
+nowrap} @media (max-width: 40rem) {table {display: block; overflow: auto} small {display: block}
+tr > :nth-child(3), tr > :last-child {display: none} tbody th { min-width: 4.5rem}}
 """
 
 

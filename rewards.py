@@ -1,22 +1,21 @@
 """Verifiable rewards: completion text and example in, number out.
 
-    rewards = load_rewards(("accuracy", "format"), (1.0, 0.5))      # [(name, function, weight)]
-    total = sum(weight * function(text, example) for name, function, weight in rewards)
-    table = score_all(rewards, texts, examples)                     # R lists of N, in parallel
+    accuracy(text, example)                     # 1.0 if the answer in text is the example's
 
 A reward is `f(text, example) -> float | None` (None: no signal, the completion is left out).
-`text` is the completion alone, never the prompt; `example.solution` is the gold answer.
-The rewards below give 0.0 or 1.0 for any text whatever and never raise. They read the text with
-str.find and the like, so their time is linear in its length: the patterns of peers backtrack, and
-a policy soon emits what makes them take seconds. Two of them, `math` and `r1v_accuracy`, ask
-math-verify where comparing strings does not settle it: in processes of its own that are killed
-after 3 s (verify.py), on 10,000 characters at most. What kills one gets None, neither reward nor
-punishment: how long sympy takes says nothing about the answer. So do rewards of a user's own: the
-trainer never runs that file, processes with a limit of time and of memory do (worker.py).
+`text` is the completion alone, never the prompt; `example.solution` is the gold answer. Those of
+boxes are in boxes.py; grading.py loads them by their names, with arguments, and runs them.
+The rewards below give a number in the range that they name, 0.0 or 1.0 where they name none, for
+any text whatever and never raise. They read the text with str.find and the like, so their time is
+linear in its length: the patterns of peers backtrack, and a policy soon emits what makes them take
+seconds. Two of them, `math` and `r1v_accuracy`, ask math-verify where comparing strings does not
+settle it: in processes of its own that are killed after 3 s (verify.py), on 10,000 characters at
+most. What kills one gets None, neither reward nor punishment: how long sympy takes says nothing
+about the answer.
 
-`accuracy`, `math` and `format` are ours, `r1v_*` are R1-V's (src/r1-v/src/open_r1/grpo.py), kept
-to the letter so that its runs can be repeated. Its accuracy can be had without an answer: the last
-number of the whole completion counts, thoughts too, and "8" is 8√3 to it.
+`r1v_*` are R1-V's (src/r1-v/src/open_r1/grpo.py), kept to the letter so that its runs can be
+repeated; the others are ours, and say where they differ from VLM-R1's. R1-V's accuracy can be had
+without an answer: the last number of the whole completion counts, thoughts too, and "8" is 8√3.
 
 What a policy tries, and what it gets from `accuracy`, `math` and `format`:
   an empty answer, a blank one, an unclosed one        both 0
@@ -31,18 +30,10 @@ What a policy tries, and what it gets from `accuracy`, `math` and `format`:
   100,000 digits, NUL, lone surrogates                 a text like any other; no int(), no eval
 What these rules cannot see: a thought of one full stop has format 1, and a guess may be right.
 """
-import functools
-import importlib.util
-import inspect
-import numbers
 import re
-import sys
-from math import isfinite
-from pathlib import Path
+from math import cos, pi
 
-from config import nearest
-from verify import verify_all
-from worker import Pool, told
+from verify import verify
 
 # The tag words, here and nowhere else: prompt, reward and evaluation import them.
 THINK = ("<think>", "</think>")
@@ -53,6 +44,9 @@ NUMBER = re.compile(r"([+\-−]?)(?=\.?[0-9])([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?
 LONGEST_NUMBER = 40                                     # characters; a longer one is a word
 LONGEST_FORMULA = 500                                   # characters; a longer answer is no formula
 CHOICE = re.compile(r"\(?[a-z]\)")                      # (b) and b); "b." has lost its full stop
+FLAT = re.compile(r"\{[^{}]*\}")                         # a JSON object that holds no other
+MARK = re.compile(r"(?:^|(?<=\s))(?:\(([A-Z])\)|([A-Z])[.):](?=\s))\s*")     # of an option
+LONGEST_FUZZY = 10_000                                  # characters; a longer answer is equal, or 0
 ROOT = re.compile(r"√(?:\{([^{}√]*)\}|([0-9]+|[a-z]))")    # √{…}, √3, √x
 # A length, an area, ° or what is Chinese (米, 小时) at the end, behind a number: 27cm^{2}, 65π m.
 UNIT = re.compile(r"(?<=[0-9})π])\s*(?:°|[\u4e00-\u9fff]+|[cdkm]?m(?:[²³]|\^\{?[23]\}?\^?)?)$")
@@ -70,7 +64,7 @@ def math(text, example):
     to math-verify (0.5 and \\frac{1}{2}, 2√3 and 2\\sqrt{3}, x = 3 and 3), else 0. Units are not
     compared: 140° is 140, 3 cm is 3 m. A gold of letters alone is words (else "felt" would be
     "left", four factors). None if math-verify had to be killed."""
-    return score(math, [text], [example])[0]
+    return settled(ask_math(text, example))
 
 
 def ask_math(text, example):
@@ -84,15 +78,17 @@ def ask_math(text, example):
     return formula(answer), formula(gold), True
 
 
-def format(text, example):
+def format(text, example, strict=0.0):
     """1 for `<think>…</think> <answer>…</answer>` and nothing else, each tag exactly once, neither
-    thought nor answer blank; white space (newlines too) around and between is free. Else 0."""
-    text = text.strip()
+    thought nor answer blank; white space (newlines too) around and between is free. Else 0.
+    strict=1 (LMM-R1's): there is none."""
+    text = text if strict else text.strip()
     thought, _, rest = text.removeprefix(THINK[0]).partition(THINK[1])
     between, _, answer = rest.removesuffix(ANSWER[1]).partition(ANSWER[0])
     return float(text.startswith(THINK[0]) and text.endswith(ANSWER[1])
                  and all(text.count(tag) == 1 for tag in THINK + ANSWER)
-                 and not between.strip() and bool(thought.strip()) and bool(answer.strip()))
+                 and not (between if strict else between.strip())
+                 and bool(thought.strip()) and bool(answer.strip()))
 
 
 def r1v_accuracy(text, example):
@@ -100,7 +96,7 @@ def r1v_accuracy(text, example):
     if the first answer of text equals the first of the solution, as strings; where there is no
     answer tag the whole text, stripped, stands for it. The strings are compared first, since that
     costs nothing. None if they differ and math-verify had to be killed (R1-V: 0)."""
-    return score(r1v_accuracy, [text], [example])[0]
+    return settled(ask_r1v(text, example))
 
 
 def ask_r1v(text, example):
@@ -108,6 +104,12 @@ def ask_r1v(text, example):
     if r1v_answer(text) == r1v_answer(example.solution):
         return 1.0
     return text, example.solution, False
+
+
+def settled(value):
+    """The value of an ask_...: as it is, or what math-verify says to the question that it is."""
+    value = verify(*value) if isinstance(value, tuple) else value
+    return value if value is None else float(value)
 
 
 def r1v_format(text, example):
@@ -118,6 +120,85 @@ def r1v_format(text, example):
     """
     return float(text.startswith(THINK[0]) and text.endswith(ANSWER[1])
                  and BRIDGE.search(text) is not None)
+
+
+def choice(text, example):
+    """1 if the answer is the gold's option: by its letter, (B), B), B., B or b, by its letter and
+    text, "(B) red", or by its text, as the question's options have it (see options). VLM-R1's mcq
+    does not read "(B)" and "B)", and finds letters in the middle of a text."""
+    listed, answer = options(example.problem), final_answer(text)
+    gold = letter(gold_answer(example.solution), listed)
+    return float(answer is not None and gold is not None and letter(answer, listed) == gold)
+
+
+def yes_no(text, example):
+    """1 if the answer's first word is the gold's, yes or no: "Yes", "No, there are two". VLM-R1's
+    takes any "no", that of "nothing" too, and gives 1 where it finds neither in both."""
+    gold = first_word(gold_answer(example.solution))
+    return float(gold in ("yes", "no") and first_word(final_answer(text) or "") == gold)
+
+
+def exact(text, example):
+    """1 if the answer is the gold, letter by letter, but for case, runs of white space and a final
+    full stop: VLM-R1's all_match. "3.0" is not "3", see `accuracy`."""
+    gold = words(gold_answer(example.solution))
+    return float(bool(gold) and words(final_answer(text) or "") == gold)
+
+
+def number(text, example):
+    """1 if the one number in the answer is the gold by value: "3", "3.0", "there are 3", "3 cm". An
+    answer with two numbers has 0, whatever they are."""
+    gold = one_number(gold_answer(example.solution))
+    return float(bool(gold) and same(one_number(final_answer(text) or ""), gold))
+
+
+def fuzzy(text, example):
+    """In [0, 1]: 1 if the answer is the gold as in `accuracy`; else 0 if the gold opens with a
+    number or is a choice; else how alike the two are, 2 x longest common subsequence / sum of
+    lengths (the ratio of the package Levenshtein), but for case and white space. VLM-R1's default,
+    which compares by likeness what opens with a number, too: 13 cm is nearly 12 cm."""
+    answer, gold = final_answer(text), gold_answer(example.solution)
+    if answer is None or not gold:
+        return 0.0
+    a, b = words(answer), words(gold)
+    strict = NUMBER.match(b) or letter(gold, {}) or max(len(a), len(b)) > LONGEST_FUZZY
+    return float(same(answer, gold)) if strict or same(answer, gold) else alike(a, b)
+
+
+def repetition(text, example, n=6.0):
+    """In [-1, 0]: different / all - 1, of the runs of n words of text, and of the flat JSON objects
+    in it (boxes said again and again); the lower of the two. VLM-R1's, which looks at the words
+    only where there is no JSON."""
+    said, n = text.casefold().split(), int(n)
+    objects = ["".join(found.split()) for found in FLAT.findall(text)]
+    return min((len({*many}) / len(many) - 1.0
+                for many in ([*zip(*(said[i:] for i in range(n)))], objects) if many), default=0.0)
+
+
+# ---- rewards of what others gave, and of the length in tokens ----
+
+def all_of(*values):
+    """The lowest of several rewards: of 0s and 1s, whether all are 1 (Vision-R1's hard rule)."""
+    return min(values)
+
+
+def gate(condition, value, least=1.0):
+    """A reward where another is at least `least`, else 0, or what it is if that is below 0."""
+    return value if condition >= least else min(value, 0.0)
+
+
+def cosine_length(right, length, most=1024.0, least=0.7):
+    """In [-0.5, 1]: from 1 for no token to 0.5 for `most` where the reward `right` is at least
+    `least`, from -0.5 to 0 where it is not, along half a cosine (arXiv 2502.03373), and as for
+    `most` beyond. VLM-R1's, which takes every answer for right and turns back beyond `most`."""
+    way = (1 + cos(pi * min(length / most, 1.0))) / 2   # 1 -> 0
+    return 0.5 + way / 2 if right >= least else -way / 2
+
+
+def linear_length(length, per=0.001, most=1000.0):
+    """per x tokens, of which at most `most` count. VisualThinker's has no such end, and its policy
+    repeats a sentence up to the limit."""
+    return per * min(length, most)
 
 
 # ---- the answer in a text, and when two answers are the same ----
@@ -155,10 +236,14 @@ def same(answer, gold):
     return bool(gold.strip()) and plain(answer) == plain(gold)
 
 
+def words(answer):
+    """An answer but for case, runs of white space and a final full stop."""
+    return " ".join(answer.split()).casefold().removesuffix(".").rstrip()
+
+
 def plain(answer):
     """The one spelling that all spellings of an answer share."""
-    text = " ".join(answer.split()).casefold()
-    text = text.removesuffix(".").rstrip()
+    text = words(answer)
     number = NUMBER.fullmatch(text) if len(text) <= LONGEST_NUMBER else None
     if number:
         sign, whole, part = number.groups("")
@@ -166,6 +251,58 @@ def plain(answer):
         value = f"{whole}.{part}" if part else whole
         return value if sign in ("", "+") or value == "0" else f"-{value}"
     return text.strip("()") if CHOICE.fullmatch(text) else text
+
+
+def one_number(answer):
+    """The one number in an answer, as it stands there; "" for none or several."""
+    found = [match[0] for match in NUMBER.finditer(answer)]
+    return found[0] if len(found) == 1 else ""
+
+
+def first_word(answer):
+    """The first word without the signs around it, small; "" if there is none."""
+    return next(iter(answer.casefold().split()), "").strip(".,;:!?\"'*")
+
+
+def options(problem):
+    """{letter: text, plain} of the options that a question lists, "(A) red (B) blue" or in lines,
+    marked (A), A), A. or A:, from A on. Of several such lists the last."""
+    marks, run = [*MARK.finditer(problem)], []
+    for mark in marks:
+        if (mark[1] or mark[2]) == "A":
+            run = []
+        if (mark[1] or mark[2]) == chr(ord("A") + len(run)):
+            run.append(mark)
+    ends = [mark.start() for mark in run[1:]] + [len(problem)]
+    texts = [problem[mark.end():end].strip().partition("\n")[0] for mark, end in zip(run, ends)]
+    return {chr(ord("a") + i): plain(text.rstrip(" ,;")) for i, text in enumerate(texts)}
+
+
+def letter(answer, listed):
+    """The letter, small, of the option that an answer says, or None; see `choice`."""
+    text = plain(answer)
+    if len(text) == 1 and text.isascii() and text.isalpha():
+        return text
+    mark = MARK.match(" ".join(answer.split()).upper())
+    named = mark and (mark[1] or mark[2]).lower()
+    if named:                                           # with its text, which must be that option's
+        rest = " ".join(answer.split())[mark.end():]
+        return named if listed.get(named) == plain(rest) else None
+    found = [key for key, said in listed.items() if said == text]
+    return found[0] if len(found) == 1 else None
+
+
+def alike(a, b):
+    """2 x length of the longest common subsequence / sum of lengths, in [0, 1]; in bits of a whole
+    number, one for each character of a (Hyyrö 2004)."""
+    places, left = {}, (1 << len(a)) - 1
+    for i, letter in enumerate(a):
+        places[letter] = places.get(letter, 0) | 1 << i
+    full = left
+    for letter in b:
+        common = left & places.get(letter, 0)
+        left = ((left + common) | (left - common)) & full
+    return 2 * (len(a) - left.bit_count()) / (len(a) + len(b) or 1)
 
 
 def formula(answer):
@@ -186,138 +323,3 @@ def r1v_answer(text):
         if closed:
             return inside.strip()
     return text.strip()
-
-
-# ---- the rewards of a run ----
-
-REWARDS = {reward.__name__: reward
-           for reward in (accuracy, math, format, r1v_accuracy, r1v_format)}
-ASK = {math: ask_math, r1v_accuracy: ask_r1v}           # those that math-verify settles
-
-
-def load_rewards(names, weights=(), seconds=10.0, memory=4.0):
-    """[(name, function, weight)] for names as in the config: one of REWARDS, or one's own as
-    "path/to/file.py:function" (its name is then the function's). Weights default to 1 each.
-
-    seconds and memory (in GB) limit a call of one's own. ValueError if a name is unknown or given
-    twice, a file, a function or a package is missing, a file fails or hangs while it is loaded, a
-    function cannot be called as f(text, example), or weights are not as many as rewards.
-    """
-    if not names:
-        raise ValueError(f"rewards: none given; known are {', '.join(REWARDS)}")
-    if weights and len(weights) != len(names):
-        raise ValueError(f"reward weights: {len(weights)} for {len(names)} rewards "
-                         f"({', '.join(names)}); give one each, or none for 1 each")
-    loaded = {}
-    if {"math", "r1v_accuracy"} & {*names} and importlib.util.find_spec("math_verify") is None:
-        raise ValueError("rewards math and r1v_accuracy need a package: pip install math-verify")
-    for name, weight in zip(names, weights or [1.0] * len(names)):
-        short = name if name in REWARDS else name.rpartition(":")[2]
-        if short in loaded:
-            raise ValueError(f"reward {name}: a reward called {short} is there already; "
-                             "name each once, or rename the function")
-        function = REWARDS[name] if name in REWARDS else Own(name, seconds, memory)
-        loaded[short] = (short, function, float(weight))
-    return list(loaded.values())
-
-
-def score_all(rewards, texts, examples):
-    """The values (R lists of N numbers or None) of R loaded rewards for N texts, each with its
-    example. ValueError if one of a user's own has never yet worked, see Own."""
-    return [score(function, texts, examples) for _, function, _ in rewards]
-
-
-def score(function, texts, examples):
-    """One of them. math-verify is asked once about what several texts say, as those of a group
-    often do, and about several things at a time."""
-    if isinstance(function, Own):
-        return function.all(texts, examples)
-    found = [ASK.get(function, function)(*row) for row in zip(texts, examples)]
-    asked = list(dict.fromkeys(value for value in found if isinstance(value, tuple)))
-    settled = dict(zip(asked, verify_all(asked)))
-    found = [settled.get(value, value) for value in found]
-    return [value if value is None else float(value) for value in found]
-
-
-class Own:
-    """A reward of a user's own, "path/to/file.py:function", in processes that load the file.
-
-    Called as f(text, example), or for several at a time by `all`. Where it is killed, for its time
-    or memory, or dies, the completion has no reward, None; where it raises, or gives what is no
-    finite number, too. The first of each is told. As long as it has never worked, to raise for
-    all texts of a call is a mistake in it: ValueError with the traceback; but of one group, whose
-    row may be bad, only the second time. The file is read once: a process that replaces another
-    runs what the first one ran, though the file has changed.
-    """
-
-    def __init__(self, name, seconds, memory):
-        file, colon, short = name.rpartition(":")
-        if not colon:
-            raise ValueError(f"reward {name}: unknown{nearest(name, REWARDS)} (known are "
-                             f"{', '.join(REWARDS)}, and your own as path/to/file.py:function)")
-        path = Path(file).resolve()
-        if path.suffix != ".py" or not path.is_file():
-            raise ValueError(f"reward {name}: no Python file at {path}")
-        self.name, self.worked, self.silent = name, False, {"killed", "failed"}
-        self.failed = 0                                 # calls in which it raised for all texts
-        self.limits = f"{seconds:g} s and {memory:g} GB"
-        self.pool = Pool(f"reward {name}", "rewards", (short, str(path), path.read_bytes()),
-                         seconds, int(memory * 2**30))
-        self.pool.start()
-
-    def __call__(self, text, example):
-        return self.all([text], [example])[0]
-
-    def all(self, texts, examples):
-        replies = self.pool.ask(list(zip(texts, examples)))
-        errors = [reply["error"] for reply in replies if reply and "error" in reply]
-        self.worked |= any(reply and "value" in reply for reply in replies)
-        if errors and len(errors) == len(replies) and not self.worked:
-            self.failed += 1
-            if self.failed > 1 or len(texts) == 1 or len({id(e) for e in examples}) > 1:
-                raise ValueError(f"reward {self.name}: failed for every text so far; for the "
-                                 f"last:\n{errors[-1]}")
-        if errors:
-            self.tell("failed", f"failed for a text, which has no reward:\n{errors[0]}")
-        if None in replies:
-            self.tell("killed", f"was killed or died, with its limits of {self.limits}, on a text, "
-                                "which has no reward")
-        return [reply.get("value") if reply else None for reply in replies]
-
-    def tell(self, kind, message):
-        """The first of its kind on stderr; all are counted, see worker.counted."""
-        if kind in self.silent:
-            print(f"reward {self.name}: {message}\n(said once; more are counted)", file=sys.stderr)
-        self.silent -= {kind}
-
-
-# ---- in the process of one's own reward ----
-
-def prepare(short, path, source):
-    """The function called `short` of a file, whose source is loaded as a module of its own; what
-    lies beside it can be imported. ValueError where there is no such function f(text, example)."""
-    sys.path.append(str(Path(path).parent))
-    spec = importlib.util.spec_from_file_location(f"reward file {path}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    try:
-        exec(compile(source, path, "exec"), vars(module))
-    except Exception as error:
-        raise ValueError(f"{path} fails while it is loaded:\n{told(error)}") from None
-    function = getattr(module, short, None)
-    if not callable(function):
-        own = [key for key in vars(module) if callable(vars(module)[key])]
-        raise ValueError(f"no function {short} in {path}{nearest(short, own)}")
-    try:
-        inspect.signature(function).bind("text", "example")
-    except TypeError as error:
-        raise ValueError(f"must be callable as {short}(text, example), but is "
-                         f"{short}{inspect.signature(function)}: {error}") from None
-    return functools.partial(checked, function)
-
-
-def checked(function, text, example):
-    """function(text, example), which must be a finite number or None."""
-    value = function(text, example)
-    if value is None or (isinstance(value, numbers.Real) and isfinite(value)):
-        return value if value is None else float(value)
-    raise ValueError(f"gave {value!r:.80}; must be a finite number or None")

@@ -26,12 +26,12 @@ from torch import Tensor
 import grpo
 import rollout
 from data import Processor
+from grading import load_rewards
 from journal import write_json
 from live import keep_memory
 from machine import Phases
 from model import Qwen2VL
 from optim import make_optimizers
-from rewards import load_rewards
 from rows import load_examples
 from sampling import Room
 from standin import rebound, unending

@@ -61,19 +61,38 @@ class TokenLogp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         hidden, head, targets, banned = ctx.saved_tensors
-        to_hidden, to_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
+        to_hidden, to_head = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:  # else the head is frozen
+            to_head = torch.zeros_like(head, dtype=torch.float32)
         parts = (x.split(ctx.chunk) for x in (hidden, targets, grad, to_hidden))
         for h, t, g, out in zip(*parts):
             p = scaled_logits(h, head, ctx.temperature, banned).softmax(-1)
             g = g[:, None] / ctx.temperature
             p = (p.mul_(-g).scatter_add_(-1, t[:, None], g)).to(h.dtype)
             torch.mm(p, head, out=out)
-            to_head += p.mT @ h
+            if to_head is not None:
+                to_head += p.mT @ h
             del p  # before the next chunk's
-        return to_hidden, to_head.to(head.dtype), None, None, None, None
+        to_head = to_head if to_head is None else to_head.to(head.dtype)
+        return to_hidden, to_head, None, None, None, None
 
 
 # -------------------------------------------------------------------------------------- sampling
+
+
+@torch.no_grad()
+def look(model: Qwen2VL, prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts with the states (P, E) that the vision tower makes of their patches, in place of
+    these. Of a tower that does not learn they are made once in a step: the prompts are then sampled
+    for, dealt out, learnt and given to the reference without the tower. The merger, which may
+    learn, comes after."""
+    batch, sizes = collate(prompts), [len(p.patches) for p in prompts]
+    states = torch.empty(0, model.cfg.vision.embed_dim)
+    if len(batch.grid):
+        patches, grid = batch.patches.to(model.device), batch.grid.to(model.device)
+        states = model.visual.patch_states(patches, grid).cpu()
+    return [replace(p, patches=p.patches.new_empty(0, p.patches.shape[1]), states=x.clone())
+            for p, x in zip(prompts, states.split(sizes))]  # fmt: skip
 
 
 TENSORS = ("ids", "lengths", "logp", "finished")
@@ -190,6 +209,24 @@ def score(model: Qwen2VL, rollout: Rollout, temperature=1.0, banned=()) -> tuple
     found = token_logp(hidden, model.head, rollout.ids[mask], temperature, banned)
     logp, entropy = (torch.zeros(mask.shape, device=device).masked_scatter(mask, x) for x in found)
     return logp, entropy
+
+
+def text_logp(model: Qwen2VL, prompts: list[Prompt], targets: list[list[int]]) -> Tensor:
+    """Log-probs of all text tokens of prompts and targets but each row's first, packed."""
+    whole = []
+    for p, ids in zip(prompts, targets):
+        after = (p.next_position + torch.arange(len(ids))).expand(3, -1)
+        whole.append(replace(p, ids=torch.cat((p.ids, torch.tensor(ids))),
+                             positions=torch.cat((p.positions, after), 1)))
+    batch = collate(whole).to(model.device)
+    layout = Layout(batch.lengths, device=model.device)
+    learnt = torch.ones_like(batch.ids, dtype=torch.bool)
+    learnt[batch.image_at] = False
+    learnt[layout.prompt_lengths.cumsum(0) - layout.prompt_lengths] = False
+    at = learnt.nonzero()[:, 0]
+    none = torch.empty(0, dtype=torch.int64, device=model.device)
+    hidden = model.run(batch.ids, batch.positions, layout, batch, wanted=at - 1)
+    return token_logp(hidden, model.head, batch.ids[at], 1.0, none)[0]
 
 
 def as_rollout(prompts: list[Prompt], targets: list[list[list[int]]], device="cpu") -> Rollout:

@@ -4,6 +4,11 @@
     load_examples("leonardPKU/clevr_cogen_a_train")    # a data set of the hub; also NAME@REVISION
     load_examples("owner/name:validation")             # a split by its name; of a folder, too
     load_examples("world:A,n=500,seed=7")              # see scenes.py
+    load_examples("rec.jsonl images=coco accu_reward_method=iou + gui.jsonl frame=0-1000")
+
+Sources with " + " between them are joined, whose rows a run then mixes. NAME=VALUE after a source
+is a column of all its rows that do not have it: what frame its boxes are in, which reward is
+theirs; images=FOLDER is where its pictures are. (VLM-R1 has three lists for that, joined by ":".)
 
 A row that cannot be used is found before the run starts, not at step 400: every row is read and
 every image decoded, and what is wrong is told with file and row. A set that was checked whole is
@@ -21,6 +26,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +38,8 @@ import example
 import images as pictures
 import rewards
 import shards
-from example import Example, to_example
+from boxes import FRAMES
+from example import ASKED, GOLD, IMAGES, Example, to_example
 from hub import is_hub_id, snapshot
 from images import open_image
 from scenes import load_world
@@ -49,7 +56,7 @@ def load_examples(
     limit: int | None = None,
     bad_rows: str = "refuse",
 ) -> Sequence[Example]:
-    """The first `limit` rows of a file, a folder, a data set of the hub, or a world.
+    """The first `limit` rows of a file, a folder, a data set of the hub, a world, or several.
 
     part: train, test or val, where the source has several and does not say which. images: the
     folder that image paths start from (default: the file's). Bad rows raise one ValueError that
@@ -58,6 +65,9 @@ def load_examples(
     if bad_rows not in ("refuse", "skip"):
         raise ValueError(f"bad_rows {bad_rows!r}: must be refuse or skip")
     source = str(source)
+    sources = [source] if Path(source).exists() else re.split(r"\s\+\s", source)
+    if len(sources) > 1 or with_columns(source)[1]:
+        return load_joined(sources, images, part, limit, bad_rows)
     if source.startswith("world:"):
         return load_world(source, part, limit)
     files = find_files(source, part)
@@ -78,6 +88,34 @@ def load_examples(
     if bad:
         tell(f"{told}\n  and left out")
     return Rows(parts, base, np.delete(rows.at, list(bad)))
+
+
+def load_joined(sources, images, part, limit, bad_rows) -> "Joined":
+    """The rows of several sources, each with its columns; the rest as of load_examples."""
+    loaded, columns = [], []
+    for place, more in map(with_columns, sources):
+        rest = None if limit is None else limit - sum(map(len, loaded))
+        if rest is None or rest > 0:
+            folder = more.pop("images", images)
+            if more.keys() & {*ASKED, *GOLD, *IMAGES} or more.get("frame", FRAMES[0]) not in FRAMES:
+                raise ValueError(f"{place} {more}: a source has images=FOLDER, frame="
+                                 f"{'|'.join(FRAMES)}, and columns of one's own")
+            loaded.append(load_examples(place, folder, part, rest, bad_rows))
+            columns.append(more)
+    joined = Joined(loaded, columns, np.arange(sum(map(len, loaded))))
+    if any("box_image" in more for more in columns):
+        for _ in joined:  # raises for a row without that picture
+            pass
+    return joined
+
+
+def with_columns(source: str) -> tuple[str, dict]:
+    """("a.jsonl", {"frame": "0-1000", "box_image": 1}) of "a.jsonl frame=0-1000 box_image=1"."""
+    if Path(source).exists():
+        return source, {}
+    place, *words = re.split(r"\s+(?=\w+=\S+(?:\s|$))", source.strip())
+    pairs = (word.split("=", 1) for word in words)
+    return place, {key: int(value) if value.isdigit() else value for key, value in pairs}
 
 
 def left_out(loaded: Sequence, used: Sequence) -> int:
@@ -124,6 +162,34 @@ class Rows(Sequence):
         """Where the i-th example comes from: "train.jsonl:12"."""
         k, n = find(self.ends, int(self.at[i]))
         return self.parts[k].name(n)
+
+
+class Joined(Sequence):
+    """Rows of several sources, one after another, each with the columns of its source."""
+
+    def __init__(self, sources: list[Sequence], columns: list[dict], at: np.ndarray):
+        self.sources, self.columns, self.at = sources, columns, at
+        self.ends = np.cumsum([len(source) for source in sources])
+
+    def __len__(self):
+        return len(self.at)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return Joined(self.sources, self.columns, self.at[i])
+        k, n = find(self.ends, int(self.at[i]))
+        found = self.sources[k][n]
+        more = {name: x for name, x in self.columns[k].items() if found.extra.get(name) is None}
+        task = found.task or str(more.get("task", ""))
+        try:
+            return replace(found, task=task, extra={**found.extra, **more})
+        except ValueError as error:
+            raise ValueError(f"{found.row}: {error}") from error
+
+    @property
+    def total(self) -> int:
+        """How many rows there are, with those that are left out."""
+        return sum(getattr(source, "total", len(source)) for source in self.sources)
 
 
 # -------------------------------------------------------------------------------- files of a source

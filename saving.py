@@ -1,6 +1,7 @@
 """Checkpoints that a run goes on from bit for bit: written whole, read by any number of processes.
 
-    step_000100/            a Hugging Face checkpoint in float32: the weights exactly
+    step_000100/            a Hugging Face checkpoint in float32: the weights exactly; of a run
+                            with LoRA the factors alone, see adapter.py
     step_000100/state/      optimizer_R_0.safetensors …: the rows of the moments that process R has;
                             progress.json: numbers of the loop, sizes of all files and journals
 
@@ -28,8 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import lora
 import parallel
-from checkpoint import open_weights, save_weights
+from checkpoint import open_weights
 from journal import steps_of, write_json
 
 FILE = 4e9  # bytes of a file of moments, about; as much is copied from the device at a time
@@ -41,12 +43,13 @@ FILE = 4e9  # bytes of a file of moments, about; as much is copied from the devi
 def save_checkpoint(model, processor, folder: Path) -> None:
     """A Hugging Face checkpoint without a state: weights, config, tokenizer, settings. All
     processes call it. ValueError in all where it cannot be written; then none is there."""
-    weights, part = parallel.full_state_dict(model), folder.with_name(folder.name + ".tmp")
+    weights = parallel.full_state_dict(model, lora.kept(model))
+    part = folder.with_name(folder.name + ".tmp")
     try:
         with writing(folder):
             if parallel.rank() == 0:
                 shutil.rmtree(part, ignore_errors=True)
-                write_checkpoint(weights, model.cfg, processor, part)
+                write_checkpoint(weights, model, processor, part)
                 settle(part, folder)
     finally:
         if parallel.rank() == 0:
@@ -72,10 +75,11 @@ def save(model, processor, optimizers, out: Path, step: int, numbers: dict, keep
                 (part / "state").mkdir(parents=True)
         with writing(folder):
             sizes = write_moments(moments, part / "state")
-        sizes, weights = parallel.gathered(sizes), parallel.full_state_dict(model)
+        sizes = parallel.gathered(sizes)
+        weights = parallel.full_state_dict(model, lora.kept(model))
         with writing(folder):
             if first:
-                write_checkpoint(weights, model.cfg, processor, part)
+                write_checkpoint(weights, model, processor, part)
                 numbers = {**numbers, "step": step, "processes": parallel.size()}
                 write_progress(numbers, sizes, part, out)
                 settle(part, folder)
@@ -149,9 +153,9 @@ def write_moments(moments: dict[str, Tensor], folder: Path) -> dict[str, int]:
     return sizes
 
 
-def write_checkpoint(weights: dict[str, Tensor], cfg, processor, part: Path) -> None:
-    """What transformers and vLLM need of a checkpoint."""
-    save_weights(part, weights, cfg)
+def write_checkpoint(weights: dict[str, Tensor], model, processor, part: Path) -> None:
+    """What transformers and vLLM need of a checkpoint, or of a LoRA adapter."""
+    lora.save(part, weights, model)
     processor.save_pretrained(part)
 
 

@@ -30,22 +30,25 @@ from tqdm import tqdm
 
 import deal
 import journal
+import lora
 import parallel
 import plan
 import trackers
 from ahead import Ahead
+from boxes import FRAMES, gold_boxes, respoken
 from checkpoint import read_config
 from config import opt, parse
-from data import Processor, Prompt, collate, without_long
+from data import Processor, Prompt, without_long
 from evaluate import load_evals
 from example import Example
+from grading import load_rewards
 from journal import Seconds
 from logbook import Logbook, announce, check_room
-from model import Layout, Qwen2VL
-from optim import apply_gradients, draw_rows, make_optimizers, schedule, set_lr
+from lora import PARTS, Learns
+from model import Qwen2VL
+from optim import apply_gradients, backward, draw_rows, make_optimizers, schedule, set_lr
 from resume import Stop, open_run, take_up
-from rewards import load_rewards
-from rollout import as_rollout, score, token_logp
+from rollout import as_rollout, score, text_logp
 from rows import left_out, load_examples
 
 
@@ -62,6 +65,8 @@ class Config:
     min_pixels: int | None = opt(None, "pixels of an image at least; default: the checkpoint's")
     max_pixels: int | None = opt(None, "pixels of an image at most; default: the checkpoint's")
     max_length: int | None = opt(None, "refuse rows of more tokens at the start, or skip them")
+    frame: str | None = opt(None, "as in grpo.py", choices=FRAMES)
+    gold_frame: str = opt("pixels", "as in grpo.py", choices=FRAMES)
     workers: int | None = opt(None, "processes that prepare the next step's prompts; default: 4 "
                               "beside a GPU, else 0", least=0)
     mask: str = opt("completion", "tokens that are learnt; all: prompts too, but no image tokens",
@@ -74,6 +79,12 @@ class Config:
     epochs: float = opt(1.0, "times that every row is seen, where steps is not given", above=0)
     batch: int = opt(16, "rows per step, over all processes", least=1)
     micro: int = opt(4, "rows per forward and backward", least=1)
+    freeze: tuple[str, ...] = opt((), "as in grpo.py", choices=PARTS)
+    lora: int = opt(0, "as in grpo.py, and so are the next four", least=0)
+    lora_alpha: float | None = opt(None, "they count alpha / r times; default: 2 r", above=0)
+    lora_dropout: float = opt(0.0, "share of their input that is left out", least=0, below=1)
+    lora_targets: tuple[str, ...] = opt((), "layers that have one; none: all linear ones")
+    lora_vision: bool = opt(False, "vision tower and merger have adapters, too")
     optimizer: str = opt("adamw", "as in grpo.py", choices=("adamw", "muon"))
     lr: float = opt(2e-5, "step size", above=0)
     weight_decay: float = opt(0.0, "decoupled weight decay", least=0)
@@ -89,6 +100,7 @@ class Config:
 
     held_out: str | None = opt(None, "rows whose loss is measured, never learnt")
     evals: tuple[str, ...] = opt((), "NAME=SOURCE, answered greedily and scored before and after")
+    scorer: str = opt("accuracy", "what scores the evals, as in evaluate.py")
     max_new: int = opt(256, "tokens of an answer in these at most", least=1)
     probes: int = opt(6, "questions of the first eval that the report follows", least=0)
     eval_every: int = opt(100, "steps between held-out losses and probes", least=1)
@@ -102,15 +114,21 @@ class Config:
     dry_run: bool = opt(False, "only say what the run will take")
     check_memory: bool = opt(True, "refuse a run that the plan says does not fit; else only say so")
 
+    def check(self):
+        """ValueError for what no single key can say."""
+        Learns.of(self)
+
 
 # ---------------------------------------------------------------------------------------- the loss
 
 
 def completion_of(example: Example) -> str:
     """The text to learn: the row's own completion (a chat, or a solution with its thoughts) letter
-    by letter, else thinking, a blank line and solution, as R1-V joins them, else the solution."""
+    by letter, else thinking, a blank line and solution, as R1-V joins them, else the solution; of
+    these, boxes in the frame that the model speaks."""
     thinking = example.extra.get("thinking")
     joined = f"{thinking}\n\n{example.solution}" if thinking else example.solution
+    joined = respoken(joined, example) if example.view and gold_boxes(example) else joined
     return example.extra.get("completion") or joined
 
 
@@ -138,24 +156,6 @@ def sft_loss(model: Qwen2VL, prompts: list[Prompt], targets: list[list[int]], to
     return -score(model, rollout)[0].sum() / tokens
 
 
-def text_logp(model: Qwen2VL, prompts: list[Prompt], targets: list[list[int]]) -> Tensor:
-    """Log-probs of all text tokens of prompts and targets but each row's first, packed."""
-    whole = []
-    for p, ids in zip(prompts, targets):
-        after = (p.next_position + torch.arange(len(ids))).expand(3, -1)
-        whole.append(replace(p, ids=torch.cat((p.ids, torch.tensor(ids))),
-                             positions=torch.cat((p.positions, after), 1)))
-    batch = collate(whole).to(model.device)
-    layout = Layout(batch.lengths, device=model.device)
-    learnt = torch.ones_like(batch.ids, dtype=torch.bool)
-    learnt[batch.image_at] = False
-    learnt[layout.prompt_lengths.cumsum(0) - layout.prompt_lengths] = False
-    at = learnt.nonzero()[:, 0]
-    none = torch.empty(0, dtype=torch.int64, device=model.device)
-    hidden = model.run(batch.ids, batch.positions, layout, batch, wanted=at - 1)
-    return token_logp(hidden, model.head, batch.ids[at], 1.0, none)[0]
-
-
 # ---------------------------------------------------------------------------------------- the steps
 
 
@@ -180,7 +180,7 @@ def step_loss(model, processor, prompts: list[Prompt], cfg: Config) -> tuple[flo
         said = [targets[i] for i in rows] or [targets[0][:1]]
         loss = sft_loss(model, some, said, tokens, cfg.mask)
         loss = loss if rows else 0 * loss  # as many backwards in every process
-        loss.backward()
+        backward(loss)
         found += loss.detach()
     return float(parallel.total(found)), tokens, even
 
@@ -202,6 +202,7 @@ def fit(model, processor, examples: Sequence[Example], cfg: Config, title="sft",
             set_lr(optimizers, lr := cfg.lr * schedule(step, steps, warmup, cfg.schedule))
             now, then = (draw_rows(len(examples), cfg.seed, s * cfg.batch + first, count)
                          for s in (step - 1, step))  # fmt: skip
+            lora.seed_dropout(model, cfg.seed, step, parallel.rank())
             with half():
                 nll, tokens, even = step_loss(model, processor, ahead(now, expected=then), cfg)
             norms = apply_gradients(model, optimizers, cfg.max_grad_norm, nll)
@@ -246,7 +247,7 @@ def memory_plan(cfg: Config, start, processor, rows, evals) -> plan.Plan:
         prompts=cfg.batch, group=1, max_new=new, micro=cfg.micro, **asked, sft=True,
         processes=parallel.size(), shards=cfg.shard_group, optimizer=cfg.optimizer, bf16=cfg.bf16,
         recompute=cfg.recompute, eval_new=cfg.max_new if evals else 0,
-        gpu=torch.cuda.is_available(),
+        gpu=torch.cuda.is_available(), learns=Learns.of(cfg),
     ))  # fmt: skip
 
 
@@ -263,7 +264,7 @@ def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNames
         trackers.check_installed(cfg.trackers)
         start = journal.newest_checkpoint(cfg.model)
         processor = Processor.from_pretrained(start, cfg.template, cfg.min_pixels, cfg.max_pixels,
-                                              cfg.system)
+                                              cfg.system, cfg.frame, cfg.gold_frame)
         loaded = load_examples(cfg.data, cfg.images, "train", bad_rows=cfg.bad_rows)
         held_out = load_examples(cfg.held_out, cfg.images, "val") if cfg.held_out else ()
         evals = load_evals(cfg.evals)
@@ -277,9 +278,10 @@ def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNames
         announce(needs, device, cfg, len(rows), steps, cfg.batch)
     run = open_run(cfg, steps)
     check_room(needs, run, cfg, steps)
-    state = run.numbers or {"step": 0, "bad": 0, "rows": len(rows)}
+    state = run.numbers or {"step": 0, "bad": 0, "rows": len(rows), "start": start}
     with parallel.agreed():
-        model = Qwen2VL.from_pretrained(run.checkpoint or start, device=device, shard=shard)
+        model = lora.load(Learns.of(cfg), state.get("start", start), run.checkpoint, cfg.seed,
+                          device, shard)
         model.prepare(cfg.compile, cfg.recompute)
         optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
         take_up(run, model, optimizers, len(rows))

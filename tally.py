@@ -10,7 +10,7 @@ from torch import Tensor
 
 import parallel
 import worker
-from rewards import score_all
+from grading import score_all
 from rollout import Rollout
 
 
@@ -18,8 +18,9 @@ def reward_table(rollout: Rollout, rewards: list) -> Tensor:
     """Rewards (R, B, G) of R functions, NaN for None; each text meets its own prompt's example."""
     texts = [text for row in rollout.texts for text in row]
     examples = [p.example for p, row in zip(rollout.prompts, rollout.texts) for _ in row]
+    lengths = rollout.lengths.flatten().tolist()
     values = [[math.nan if v is None else v for v in row]
-              for row in score_all(rewards, texts, examples)]  # fmt: skip
+              for row in score_all(rewards, texts, examples, lengths)]  # fmt: skip
     return torch.tensor(values, dtype=torch.float32).view(len(rewards), *rollout.lengths.shape)
 
 

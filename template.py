@@ -5,19 +5,22 @@
 
 Training and evaluation share the one object, and the tag words are those of the rewards: a model
 that is trained under one wording and tested under another (as R1-V's is) is tested on something
-else. Sources of the wordings: R1-V, src/r1-v/src/open_r1/{grpo,sft}.py and src/eval; the chat
-markup around them is Qwen2-VL's (tokenizer_config.json).
+else. Sources of the wordings: R1-V, src/r1-v/src/open_r1/{grpo,sft}.py and src/eval; VLM-R1,
+open_r1/vlm_modules/qwen_module.py; Visual-RFT, its evaluation of COCO, LISA and classification, and
+open_r1/grpo_lisa.py. The chat markup around them is Qwen2-VL's (tokenizer_config.json).
 """
 
 from dataclasses import dataclass, replace
 
+from boxes import View
 from config import nearest
 from rewards import ANSWER, THINK
 
 
 @dataclass(frozen=True)
 class Template:
-    """user holds {Question}, and {Image} where the pictures stand (without it: before the text).
+    """user holds {Question}, {Image} where the pictures stand (without it: before the text), and
+    where boxes are asked for {Frame}: in what numbers, see frame_words.
 
     A row with a system message of its own has that instead of `system`.
     """
@@ -25,10 +28,10 @@ class Template:
     user: str
     system: str = "You are a helpful assistant."
 
-    def turns(self, problem: str, images: list, system: str | None = None) -> list[str | tuple]:
+    def turns(self, problem: str, images: list, system=None, frame="") -> list[str | tuple]:
         """The prompt in pieces: ("<|im_start|>",) is a special token, a str is text that is encoded
         by itself, and what `images` holds stands for pictures. No two texts are neighbours."""
-        before, marked, after = self.user.partition("{Image}")
+        before, marked, after = self.user.replace("{Frame}", frame).partition("{Image}")
         before, after = (before, after) if marked else ("", before)
         shown = [x for image in images for x in (("<|vision_start|>",), image, ("<|vision_end|>",))]
         before, after = (text.replace("{Question}", problem) for text in (before, after))
@@ -39,6 +42,18 @@ class Template:
         return [piece for piece in turns if piece]
 
 
+def frame_words(view: View) -> str:
+    """In what numbers boxes are asked for, in the words that stand for {Frame}."""
+    if view.frame == "0-1000":
+        return "as integers between 0 and 1000"
+    at, seen = (0, "") if view.frame == "pixels" else (2, " you see")
+    sizes = " and ".join(f"{size[at + 1]} x {size[at]}" for size in view.sizes)
+    shown = f" of the {sizes} picture{'s' * (len(view.sizes) > 1)}{seen}" if sizes else ""
+    return "in pixels" + shown
+
+
+# ---------------------------------------------------------------------------------------- wordings
+
 TAGS = "{} {} and final answer (number) in {} {} tags.".format(*THINK, *ANSWER)
 # DeepSeek-R1's wording, which R1-V gives to supervised rows and to questions without a picture.
 CONVERSATION = (
@@ -48,12 +63,55 @@ CONVERSATION = (
     "{0} {1} and {2} {3} tags, respectively, i.e., "
     "{0} reasoning process here {1}{2} answer here {3}"
 ).format(*THINK, *ANSWER)
+# VLM-R1's.
+FIRST = (
+    "First output the thinking process in {} {} tags and then output the final answer in {} {} "
+    "tags."
+).format(*THINK, *ANSWER)
+MIND = (
+    "First thinks about the reasoning process in the mind and then provides the user with the "
+    "answer. The reasoning process and answer are enclosed within {0} {1} and {2} {3} tags, "
+    "respectively, i.e., {0} reasoning process here {1}{2} WHAT answer here {3}"
+).format(*THINK, *ANSWER)
+# Visual-RFT's; no blank between the first two sentences is theirs, as is "grouding".
+STRICT = (
+    "Output the thinking process in {0} {1} and final answer in {2} {3} tags."
+    "The output answer format should be as follows:\n{0} ... {1} {2}WHAT{3}\n"
+    "Please strictly follow the format."
+).format(*THINK, *ANSWER)
+DETECT = (
+    "Detect all objects belonging to the category '{Question}' in the image, and provide the "
+    "bounding boxes (between 0 and 1000, integer) and confidence (between 0 and 1, with two "
+    "decimal places).\nIf no object belonging to the category '{Question}' in the image, return "
+    "'No Objects'.\n"
+) + STRICT.replace("WHAT", "[{'Position': [x1, y1, x2, y2], 'Confidence': number}, ...]")
+GROUND = (
+    "Output the bounding box in the image corresponding to the instruction: {{Question}} "
+    "Output the thinking process in {0} {1} and your grouding box. Following "
+    '"{0} thinking process {1}\n{2}(x1,y1),(x2,y2){3})" format.'
+).format(*THINK, *ANSWER)
 TEMPLATES = {
     "r1v": Template("{Question}  Output the thinking process in " + TAGS),  # trains with two blanks
     "r1v_eval": Template("{Question} First output the thinking process in " + TAGS),  # SuperCLEVR
     "r1v_geoqa": Template("{Question} Output the thinking process in " + TAGS),  # its GeoQA test
     "r1v_sft": Template("{Question}{Image}", CONVERSATION),  # its supervised baseline: text first
     "system": Template("{Question}", CONVERSATION),
+    # VLM-R1: by default, for referring expressions, captions and detection. For detection the words
+    # stand before the question, with which its reward rose after 15 steps (blog of 2025-03-24).
+    "vlm_r1": Template("{Question} " + FIRST),
+    "rec": Template("{Question} " + FIRST + " Output the final answer in JSON format."),
+    "ic": Template("{Question} " + MIND.replace("WHAT", "json format")),
+    "od_length": Template(MIND.replace(" WHAT", "") + "\n{Question}"),
+    # Visual-RFT: for a category ("dog"); for "This is an image containing a plant. Please identify
+    # the species of the plant based on the image."; for what is to be found. The rows of its data
+    # sets of detection and classification hold all these words already: "plain" is for them.
+    "virft_detect": Template(DETECT),
+    "virft_class": Template("{Question}\n" + STRICT.replace("WHAT", "species name")),
+    "virft_ground": Template(GROUND, CONVERSATION),
+    # Ours, for one box and for many: the model is told in what numbers they are expected.
+    "box": Template("{Question} " + FIRST + " The answer is a box [x1, y1, x2, y2] {Frame}."),
+    "boxes": Template("{Question} " + FIRST + " The answer is None, or boxes {Frame} in JSON: "
+                      '[{"bbox_2d": [x1, y1, x2, y2], "label": "name"}, ...].'),
     "direct": Template("{Question} Give only the final answer, in " + " ".join(ANSWER) + " tags."),
     "plain": Template("{Question}"),
 }

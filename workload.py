@@ -37,12 +37,12 @@ import plan
 from checkpoint import read_config
 from config import opt, parse, to_dict
 from data import Processor
+from grading import load_rewards
 from journal import write_json
 from logbook import announce
 from machine import Awaited, Phases, peak_bytes, reset_peak, spreads, synchronize
 from optim import make_optimizers
 from plan import gb
-from rewards import load_rewards
 from rollout import Rollout
 from sampling import Room
 from standin import (

@@ -28,9 +28,14 @@ def run(program: str, words: list[str]) -> None:
 
     def watched(model, *rest):
         copied = parallel.copy(model, cfg.bf16).state_dict()
-        for name, p in model.state_dict().items():
-            far = copied[name] - parallel.full(p).to(copied[name].dtype)
-            seen[f"copy {len(steps)} {name}"] = far.abs().max().float()
+        whole = {name: parallel.full(p) for name, p in model.state_dict().items()}
+        for name, p in copied.items():
+            wanted, layer = whole[name], name.removesuffix(".weight")
+            if f"{layer}.lora_A" in whole:
+                wanted = wanted + model.adapter.scale * (
+                    whole[f"{layer}.lora_B"] @ whole[f"{layer}.lora_A"])
+            far = p - wanted.to(p.dtype)
+            seen[f"copy {len(steps)} {name}"] = (far.abs() > 1e-7 * ("lora" in cfg.out)).sum()
         for name, p in model.named_parameters():
             if p.grad is not None:
                 seen[f"{len(steps)} {name}"] = parallel.full(p.grad).clone()

@@ -13,6 +13,15 @@ EVIL = "</script></pre><img src=x onerror=alert(1)>'\"&"
 SHOWN = "&lt;/script&gt;&lt;/pre&gt;&lt;img src=x onerror=alert(1)&gt;&#x27;&quot;&amp;"
 
 
+def test_a_line_is_called_by_what_follows_the_family_of_its_metric():
+    keys = ("reward/iou(least=0.5)", "reward/gate(format,a/b.py:f)", "eval/A", "eval/A/iou",
+            "length/min", "kl")  # fmt: skip
+    text = chart.draw(Curve(keys[0], "t", "s", more=keys[1:]), np.ones((7, 2)))
+    names = re.findall('<b class="l.">(.*?) 1</b>', text)
+    assert names == ["gate(format,a/b.py:f)", "A", "iou", "min", "kl"]
+    assert "<title>step 1: iou(least=0.5) 1, gate(" in text
+
+
 def test_spread_takes_the_first_and_the_last():
     assert chart.spread(range(9), 3) == [0, 4, 8]
     assert chart.spread("ab", 3) == ["a", "b"] and chart.spread([], 3) == []

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from config import load_toml, opt, parse, read, to_dict, validate
+from config import apart, load_toml, opt, parse, read, to_dict, validate
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,13 @@ def test_a_value_may_be_negative_and_with_an_equals_sign_it_may_be_anything():
 def test_a_tuple_may_be_empty_and_have_blanks_after_commas():
     assert parse(Config, ["--rewards="]).rewards == ()
     assert parse(Config, ["--rewards", "a, b"]).rewards == ("a", "b")
+
+
+def test_a_comma_in_brackets_separates_nothing():
+    words = "gate(format, iou(least=0.5)),all_of(a,b),f.py:g"
+    assert parse(Config, ["--rewards", words]).rewards == (
+        "gate(format, iou(least=0.5))", "all_of(a,b)", "f.py:g")
+    assert apart("a(b,c") == ["a(b,c"] and apart("a),b") == ["a)", "b"] and apart("") == []
 
 
 def test_text_stays_text_whatever_it_spells():

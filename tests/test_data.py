@@ -24,6 +24,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     smart_resize as oracle_resize,
 )
 
+from boxes import FRAMES, box_iou, convert, respoken
 from data import Example, Processor, collate, without_long
 from patches import mrope_positions, patchify, smart_resize
 
@@ -107,6 +108,79 @@ def test_shapes_and_types_of_a_prompt_are_as_promised(processor):
     assert text.patches.shape == (0, 1176) and text.patches.dtype == torch.float32
     assert text.grid.shape == (0, 3) and text.grid.dtype == torch.int64
     assert text.image_at.shape == (0,) and text.image_at.dtype == torch.int64
+
+
+# ---- frames of boxes ----
+
+
+def shown(prompt, nth=0) -> np.ndarray:
+    """The nth picture as the model sees it: its red, (rows * 14, columns * 14), normalised."""
+    counts = prompt.grid.prod(1).tolist()
+    _, rows, columns = prompt.grid[nth].tolist()
+    patches = prompt.patches[sum(counts[:nth]) :][: counts[nth]].numpy()
+    blocks = patches.reshape(rows // 2, columns // 2, 2, 2, 3, 2, 14, 14)[:, :, :, :, 0, 0]
+    return blocks.transpose(0, 2, 4, 1, 3, 5).reshape(rows * 14, columns * 14)
+
+
+def white_box(width, height, box):
+    """A black picture, white inside the box."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[box[1] : box[3], box[0] : box[2]] = 255
+    return image
+
+
+SIZES = [  # width and height of the file; what becomes of it
+    (20, 14),  # both below 28, where VLM-R1 reports the size of the picture before
+    (25, 90),
+    (168, 84),  # kept
+    (500, 333),
+    (1600, 1200),  # above max_pixels
+]
+
+
+@pytest.mark.parametrize("width, height", SIZES)
+def test_a_box_is_where_the_model_sees_it_in_every_frame(folder, width, height):
+    """From a file's pixels to the patches of the model and back, beside a picture of another size
+    and after one: the size that boxes are converted by is that of the own picture."""
+    gold = (width // 5, height // 4, width * 3 // 5, height * 7 // 8)
+    image, other = white_box(width, height, gold), picture(300, 200)
+    for frame in FRAMES:
+        processor = Processor.from_pretrained(folder, "{Question} {Frame}", max_pixels=401408,
+                                              frame=frame)  # fmt: skip
+        processor.prompt(Example("q", "1", (other,)))
+        prompt = processor.prompt(Example("Where?", str(list(gold)), (image, other)))
+        view = prompt.example.view
+        h, w = shown(prompt).shape
+        assert (view.frame, view.gold) == (frame, "pixels")
+        assert view.sizes == ((height, width, h, w), (200, 300, *shown(prompt, 1).shape))
+        said = convert(gold, "pixels", frame, view.sizes[0])  # what a perfect model says
+        ys, xs = np.nonzero(shown(prompt) > 0)  # normalised: about half of white
+        seen = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
+        assert seen == pytest.approx(convert(said, frame, "resized", view.sizes[0]), abs=1.01)
+        assert convert(said, frame, "pixels", view.sizes[0]) == pytest.approx(gold)
+        learnt = respoken(prompt.example.solution, prompt.example)  # the same in whole numbers
+        assert box_iou(f"<think>a</think><answer>{learnt}</answer>", prompt.example) > 0.95
+        words = {"pixels": f"{width} x {height} and 300 x 200 pictures", "resized":
+                 f"{w} x {h} and 308 x 196 pictures you see", "0-1000": "between 0 and 1000"}
+        assert words[frame] in prompt.text
+
+
+def test_each_family_speaks_of_boxes_as_it_was_taught(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "2.5")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "2.5" / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_5_vl"}))
+    assert Processor.from_pretrained(folder).frame == "0-1000"
+    assert Processor.from_pretrained(tmp_path / "2.5").frame == "resized"
+    assert Processor.from_pretrained(tmp_path / "2.5", frame="pixels").frame == "pixels"
+    with pytest.raises(ValueError, match=r"'pixel'.*must be of pixels, resized, 0-1000"):
+        Processor.from_pretrained(folder, frame="pixel")
+
+
+def test_a_row_says_the_frame_of_its_gold_boxes_before_the_run_does(folder):
+    processor = Processor.from_pretrained(folder, gold_frame="0-1000")
+    rows = Example("q", "1"), Example("q", "1", extra={"frame": "resized"})
+    assert [processor.prompt(e).example.view.gold for e in rows] == ["0-1000", "resized"]
+    assert pickle.loads(pickle.dumps(processor)).gold_frame == "0-1000"
 
 
 # ---- patches and positions ----

@@ -8,7 +8,7 @@ from tiny_checkpoint import make_checkpoint
 
 import deal
 import parallel
-from data import Processor, with_picture
+from data import Processor
 from example import Example
 from rollout import as_rollout
 
@@ -114,8 +114,8 @@ def test_groups_and_join_are_inverse(rollout):
 
 
 def test_a_blank_picture_is_read_by_no_token(rollout):
-    first, *rest = with_picture(rollout.prompts)
+    first, *rest = deal.with_picture(rollout.prompts)
     assert first.grid.tolist() == [[1, 2, 2]] and first.patches.shape[0] == 4
     assert not first.patches.any() and len(first.image_at) == 0
     assert rest == rollout.prompts[1:] and len(rollout.prompts[0].grid) == 0
-    assert with_picture([first, *rest]) == [first, *rest]
+    assert deal.with_picture([first, *rest]) == [first, *rest]

@@ -23,7 +23,7 @@ from tiny_checkpoint import make_checkpoint
 import rewards
 import scenes
 from data import Example, Processor, collate
-from evaluate import evaluate, main, prompt_of
+from evaluate import evaluate, evaluate_all, main, print_summary, prompt_of
 from model import Layout, Qwen2VL
 from rollout import as_rollout, score
 from rows import load_examples
@@ -53,6 +53,16 @@ SAID = [
     "many",
     "<answer> 8 </answer> <answer> 8 </answer>",
 ]
+# Boxes in thousandths of pictures of 56 x 56 and 84 x 56: (14, 0, 28, 28) is half of the true one.
+BOXES = [
+    Example("Where?", "[14, 0, 28, 56]", (picture(5, 56, 56),), "rec", "x:6"),
+    Example("Find all.", '[{"bbox_2d": [42, 28, 84, 56], "label": "cube"}]',
+            (picture(6, 56, 84),), "detect", "x:7"),
+]  # fmt: skip
+SAID_BOXES = [
+    "<answer> [250, 0, 500, 500] </answer>",
+    '<answer> [{"bbox_2d": [500, 500, 1000, 1000], "label": "cube"}] </answer>',
+]
 EXTRACTED = ["3", "4", "2", None, None]
 ACCURACY, FORMAT = [1, 1, 0, 0, 0], [1, 0, 1, 0, 0]
 NEW = 48
@@ -61,11 +71,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
-    """model, processor, prompts and folder of a checkpoint that says SAID to EXAMPLES."""
+    """model, processor, prompts and folder of a checkpoint that says SAID to EXAMPLES, and
+    SAID_BOXES to BOXES."""
     folder = make_checkpoint(tmp_path_factory.mktemp("random"), tie=False)
     model, processor = Qwen2VL.from_pretrained(folder), Processor.from_pretrained(folder)
-    prompts = [processor.prompt(example) for example in EXAMPLES]
-    ids = [[*processor.encode(text), processor.stop_ids[0]] for text in SAID]
+    prompts = [processor.prompt(example) for example in EXAMPLES + BOXES]
+    ids = [[*processor.encode(text), processor.stop_ids[0]] for text in SAID + SAID_BOXES]
     lesson = as_rollout(prompts, [[row] for row in ids])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(100):
@@ -78,7 +89,7 @@ def taught(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "step_000001"
     save_checkpoint(model, processor, folder)
     return SimpleNamespace(
-        model=model, processor=processor, prompts=prompts, folder=folder, ids=ids
+        model=model, processor=processor, prompts=prompts[:5], folder=folder, ids=ids[:5]
     )
 
 
@@ -277,10 +288,17 @@ def test_the_template_is_that_of_the_run_unless_another_is_named(taught, tmp_pat
     trained = {"template": "Say: {Question}", "system": "Be short."}
     (run_folder / "config.json").write_text(json.dumps(trained))
     step = str(run_folder / "step_000003")
-    assert prompt_of(step, None, None) == {"template": "Say: {Question}", "system": "Be short."}
+    frames = {"frame": None, "gold_frame": "pixels"}
+    assert prompt_of(step, None, None) == {**trained, **frames}
     assert prompt_of(step, None, "Be long.")["system"] == "Be long."
-    assert prompt_of(step, "r1v", None) == {"template": "r1v", "system": None}
-    assert prompt_of(str(tmp_path / "x"), None, None) == {"template": "r1v", "system": None}
+    other = {"template": "r1v", "system": None, **frames}
+    assert prompt_of(step, "r1v", None) == prompt_of(str(tmp_path / "x"), None, None) == other
+    spoken = {"frame": "resized", "gold_frame": "0-1000"}
+    (run_folder / "config.json").write_text(json.dumps({**trained, **spoken}))
+    assert prompt_of(step, None, None) == {**trained, **spoken}
+    assert prompt_of(step, "r1v", None) == {**other, **spoken}
+    assert prompt_of(step, None, None, "pixels")["frame"] == "pixels"
+    assert prompt_of(step, None, None, None, "pixels")["gold_frame"] == "pixels"
     data = write_rows(tmp_path, EXAMPLES[:1])
     common = ["--model", str(run_folder), "--data", data, "--images", str(tmp_path / "pictures")]
     prompts = [main([*common, *more])["results"][0]["prompt"]
@@ -376,6 +394,60 @@ def test_the_scorer_says_what_is_right(taught, tmp_path):
     assert found["geoqa"]["results"][0]["extracted_answer"] == "3"
     written = run(taught, tmp_path, EXAMPLES, "--scorer", "count")
     assert written["scorer"] == "count" and written["accuracy"] == 3 / 5
+
+
+def boxes_in(folder) -> list[str]:
+    """Words that evaluate the boxes."""
+    return ["--data", write_rows(folder, BOXES), "--images", str(folder / "pictures")]
+
+
+def test_boxes_are_scored_in_pixels_whatever_the_model_speaks(taught, tmp_path, capsys):
+    """The first box said has half the area of the true one, inside it; the second is the true one.
+    As pixels what is said lies far outside."""
+    words = ["--model", str(taught.folder), "--max_new", "80", *boxes_in(tmp_path)]
+    found = main([*words, "--scorer", "rec", "--out", str(tmp_path / "rec.json")])
+    assert [r["model_output"] for r in found["results"]] == SAID_BOXES
+    assert found["accuracy"] == found["iou"] - 1 / 4 == 1 / 2 and found["giou"] == 3 / 4
+    assert "accuracy 0.500 (" in (told := capsys.readouterr().out)
+    assert ", Mean IoU 0.750, Mean GIoU 0.750, unparsable 0.000" in told
+    first, second = (r["boxes"][0] for r in found["results"])
+    assert first == {"box": [14, 0, 28, 28], "label": "", "score": 1}
+    assert second == {"box": [42, 28, 84, 56], "label": "cube", "score": 1}
+    far = main([*words, "--scorer", "rec", "--frame", "pixels"])
+    assert far["accuracy"] == far["iou"] == 0 and far["giou"] < 0
+    wrong = main([*words, "--scorer", "rec", "--gold_frame", "0-1000"])
+    assert wrong["accuracy"] == 0
+    main(["--rescore", str(tmp_path / "rec.json"), "--scorer", "detect"])
+    told = capsys.readouterr().out
+    # An IoU of .5 is enough here; AP is the mean of 1 / 10 of thresholds, and all of them.
+    assert "AP 0.550, AP@.5 1.000, Precision 1.000, Recall 1.000" in told
+    main(["--rescore", str(tmp_path / "rec.json"), "--scorer", "iou"])
+    assert "Score 0.750, " in capsys.readouterr().out
+
+
+def test_gold_answers_that_hold_no_boxes_are_refused_or_left_out(taught, tmp_path, capsys):
+    words = ["--model", str(taught.folder), "--data", write_rows(tmp_path, [*BOXES, EXAMPLES[0]]),
+             "--images", str(tmp_path / "pictures"), "--max_new", "80"]  # fmt: skip
+    for scorer in ("rec", "detect", "iou(least=0.5)"):
+        with pytest.raises(SystemExit, match=r"error: 1 of 3 rows do not .*rows.jsonl:3: .*'3' is"):
+            main([*words, "--scorer", scorer])
+    assert main([*words, "--scorer", "rec", "--bad_rows", "skip"])["n"] == 2
+    assert "they are left out" in capsys.readouterr().err
+    main([*words, "--out", str(tmp_path / "all.json")])
+    rescored = ["--rescore", str(tmp_path / "all.json"), "--scorer", "rec"]
+    with pytest.raises(SystemExit, match=r"error: 1 of 3 rows do not fit"):
+        main(rescored)
+    assert main([*rescored, "--bad_rows", "skip"])["n"] == 2
+
+
+def test_the_table_of_a_run_shows_what_its_scorer_tells(taught, tmp_path, capsys):
+    found = {when: evaluate_all(taught.model, taught.processor, {"where": BOXES[at:]}, 80, tmp_path,
+                                when, "rec") for when, at in (("before", 0), ("after", 1))}
+    print_summary(found, taught.folder.parent, tmp_path / "report.html")
+    said = capsys.readouterr().out
+    assert "where       0.500 (0.09-0.91)  1.000 (0.21-1.00)  0.00 -> 0.00\n" in said
+    assert "            Mean IoU   0.750 -> 1.000\n" in said and "Score" not in said
+    assert json.loads((tmp_path / "eval" / "where_after.json").read_text())["giou"] == 1
 
 
 def test_pictures_keep_within_the_limits_in_pixels(taught, tmp_path):
@@ -572,7 +644,7 @@ def test_answers_of_another_evaluation_are_refused_and_kept(taught, stopped, tmp
         with pytest.raises(SystemExit, match=rf"part0: .*another {named}.*Remove it, or give"):
             main(words)
     for more in (["--template", "direct"], ["--limit", "4"], ["--seed", "1"],
-                 ["--max_pixels", "20000"]):  # fmt: skip
+                 ["--max_pixels", "20000"], ["--frame", "pixels"]):  # fmt: skip
         with pytest.raises(SystemExit, match="answers of another evaluation"):
             main([*stopped.words, *more])
     (tmp_path / "mine.py").write_text(STOPS + "\n# changed")

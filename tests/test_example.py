@@ -93,6 +93,55 @@ def test_a_row_of_vlm_r1():
     assert read(number).solution == "7"
 
 
+BOXES = [{"bbox_2d": [10, 20, 30, 40], "label": "café"}, {"bbox_2d": [1, 2, 3, 4], "label": "b"}]
+
+
+@pytest.mark.parametrize("gold, said", [
+    ([10, 20, 30, 40], "[10, 20, 30, 40]"),
+    ([0.5, 0.25, 1.0, 1.0], "[0.5, 0.25, 1.0, 1.0]"),
+    (BOXES, '[{"bbox_2d": [10, 20, 30, 40], "label": "café"}, '
+            '{"bbox_2d": [1, 2, 3, 4], "label": "b"}]'),
+    ({"Position": [1, 2, 3, 4], "Confidence": 1}, '{"Position": [1, 2, 3, 4], "Confidence": 1}'),
+    ([], "[]"),
+])  # fmt: skip
+def test_boxes_are_a_gold_answer_in_a_column_and_in_a_chat(gold, said):
+    """VLM-R1's referring expressions have a list, its detection a list of dicts."""
+    assert read({"problem": "Where?", "solution": gold, "image": DATA}).solution == said
+    turns = [ASK, {"from": "gpt", "value": gold}]
+    found = read({"image": "a.png", "conversations": turns} | {"image": DATA})
+    assert (found.solution, found.extra["completion"]) == (said, said)
+
+
+def test_a_row_of_visual_rft():
+    """laolao77/ViRFT_COCO: boxes in thousandths, single-quoted as they are."""
+    gold = "<answer>[{'Position': [166, 12, 612, 998], 'Confidence': 1}]</answer>"
+    image = {"bytes": DATA, "path": "a.jpg"}
+    found = read({"image": image, "problem": "Detect …", "solution": gold})
+    assert found == Example("Detect …", gold, (DATA,), "", "a.jsonl:1")
+
+
+def test_the_reward_of_a_row_is_kept_for_rewards_that_ask_for_it():
+    row = {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "No"}],
+           "accu_reward_method": "yes_no"}  # fmt: skip
+    found = read(row)
+    assert found.extra["accu_reward_method"] == "yes_no" and found.images == ()
+
+
+def test_a_row_may_say_in_which_frame_its_boxes_are():
+    assert read(GOOD).frame is None and read(GOOD | {"frame": "0-1000"}).frame == "0-1000"
+    assert read(GOOD | {"frame": 17}).frame is None  # of a film
+    told = refused(GOOD | {"frame": "pixel"})
+    assert told == "frame 'pixel': must be one of pixels, resized, 0-1000"
+
+
+def test_a_row_may_say_in_which_of_its_pictures_its_boxes_are():
+    two = GOOD | {"images": [DATA, DATA]}
+    assert read(two | {"box_image": 1}).extra == {"box_image": 1}
+    for row in (two | {"box_image": 2}, two | {"box_image": -1}, GOOD | {"box_image": 0},
+                two | {"box_image": "1"}, two | {"box_image": True}):  # fmt: skip
+        assert "must be the place of one of its" in refused(row)
+
+
 def test_an_anchor_without_its_image_is_refused_in_a_chat():
     turns = [ASK, {"from": "gpt", "value": "0"}]
     assert refused({"conversations": turns}) == "the question has 1 <image> for 0 images"
@@ -167,7 +216,7 @@ def test_a_completion_is_kept_to_the_letter():
         ({"problem": "a"}, "no solution"),
         ({"problem": "a", "solution": None}, "no solution"),
         ({"problem": "a", "solution": True}, "no solution"),
-        ({"problem": "a", "solution": {"x": 1}}, "no solution"),
+        ({"problem": "a", "solution": {"x": b"1"}}, "the solution {'x': b'1'}: "),
         ({"problem": "a", "solution": " "}, "the solution is empty"),
         ({"problem": "a", "solution": "<answer>  </answer>"}, "the solution is empty"),
         ({"problem": "a", "solution": float("nan")}, "the solution is empty"),

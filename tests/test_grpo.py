@@ -21,10 +21,12 @@ from tiny_checkpoint import make_checkpoint, picture
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 
+import lora
 from ahead import Ahead
 from checkpoint import hub_name
 from config import parse, validate
 from data import Processor
+from grading import load_rewards
 from grpo import (
     Config,
     clipped_loss,
@@ -40,10 +42,10 @@ from grpo import (
     train,
     update,
 )
-from model import Qwen2VL
+from lora import Learns, part_of
+from model import Qwen2VL, VisionTower
 from optim import draw_rows, make_optimizers
-from rewards import load_rewards
-from rollout import Rollout, as_rollout, score
+from rollout import Rollout, as_rollout, look, score
 from rows import Example
 
 NAN = math.nan
@@ -432,6 +434,70 @@ def distance(a: dict, b: dict) -> float:
     """The largest difference between two sets of gradients."""
     assert a.keys() == b.keys()
     return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+# -------------------------------------------------------------------------------- frozen parts
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """A list that gets an item each time that a vision tower runs."""
+    seen, run = [], VisionTower.patch_states
+    monkeypatch.setattr(VisionTower, "patch_states", lambda *a: seen.append(1) or run(*a))
+    return seen
+
+
+def frozen_update(folder, rollout, processor, cfg, reference):
+    """Gradients of each step, metrics, and the model, of update() where parts do not learn."""
+    model = lora.load(Learns.of(cfg), folder)
+    sgd = Record(model, 0.03)
+    found = update(model, reference, [sgd], rollout, ADV, processor.banned_ids, cfg)
+    return sgd.seen, found, model
+
+
+@pytest.mark.parametrize("freeze", [("vision",), ("vision", "merger"), ("language",)])
+def test_frozen_parts_have_no_gradient_and_the_others_theirs(
+    freeze, folder, far, rollout, processor
+):
+    cfg = keys(freeze=freeze, beta=0.1, updates_per_batch=1)
+    whole, _, _ = ours(folder, rollout, processor, keys(beta=0.1, updates_per_batch=1),
+                       reference=Qwen2VL.from_pretrained(far))
+    seen, _, model = frozen_update(folder, rollout, processor, cfg, Qwen2VL.from_pretrained(far))
+    left = {k: v for k, v in whole[0].items() if part_of(k) not in freeze}
+    assert len(left) < len(whole[0]) and distance(seen[0], left) < 1e-6
+    start = Qwen2VL.from_pretrained(folder).state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, start[name]) == (part_of(name) in freeze), name
+
+
+@pytest.mark.parametrize("freeze", [("vision",), ("vision", "merger")])
+def test_a_frozen_tower_runs_once_a_batch_and_nothing_changes(
+    freeze, looks, folder, far, rollout, processor
+):
+    """Its states are made once; two updates in micro-batches, old log-probs and the reference read
+    them. Loss and gradients are those of running it each time."""
+    cfg = keys(freeze=freeze, beta=0.1, updates_per_batch=2, micro_prompts=2)
+    start, reference = Qwen2VL.from_pretrained(folder), Qwen2VL.from_pretrained(far)
+    reference.visual.load_state_dict(start.visual.state_dict())  # as that of a run has it
+    plain, found, _ = frozen_update(folder, rollout, processor, cfg, reference)
+    assert len(looks) == 2 * (1 + 1 + 2)
+    seen = look(start, rollout.prompts)
+    assert [len(p.patches) for p in seen] == [0] * 4 and not len(seen[2].states)
+    again, same, _ = frozen_update(folder, replace(rollout, prompts=seen), processor, cfg,
+                                   reference)
+    assert len(looks) == 2 * (1 + 1 + 2) + 1
+    assert max(distance(a, b) for a, b in zip(plain, again)) < 1e-6
+    assert same == pytest.approx(found, rel=1e-5, abs=1e-7)
+
+
+def test_sampling_with_a_frozen_tower_runs_it_once_and_draws_the_same(looks, qwen, processor):
+    plain = sample_groups(qwen, Ahead(processor, EXAMPLES), 0, 4, keys())
+    looks.clear()
+    cfg = keys(freeze=("vision",), updates_per_batch=2, beta=0.1)
+    once = sample_groups(qwen, Ahead(processor, EXAMPLES), 0, 4, cfg)
+    assert len(looks) == 1 and torch.equal(once.ids, plain.ids)
+    update(qwen, qwen, [], once, ADV, processor.banned_ids, cfg)
+    assert len(looks) == 1
 
 
 # ------------------------------------------------------------------------ a step equals the twin

@@ -14,6 +14,7 @@ from tiny_checkpoint import make_checkpoint
 
 import journal
 from data import Example, Processor
+from grading import load_rewards
 from journal import (
     Seconds,
     append,
@@ -243,6 +244,35 @@ def test_probes_are_greedy_answers_to_the_same_questions(made, tmp_path):
     assert sorted(p.name for p in (tmp_path / "images").iterdir()) == [
         "probe_0_0.png", "probe_1_0.png", "probe_1_1.png",
     ]  # fmt: skip
+
+
+def test_boxes_are_written_in_pixels_of_the_file_said_and_true(made, tmp_path):
+    """A picture of 84 x 56; the model speaks of thousandths. The second group is about no boxes."""
+    example = Example("Where?", "[21, 14, 42, 28]", (made.images[0],), row="x.jsonl:4")
+    prompts = [made.processor.prompt(example), made.prompts[0]]
+    rollout = as_rollout(prompts, [[[5], [6]], [[7], [8]]])
+    rollout.texts = [["<answer>[250, 250, 500, 500]</answer>", "there"], ["3", "4"]]
+    table, adv = torch.zeros(1, 2, 2), torch.zeros(2, 2)
+    log_rollout(tmp_path, 1, rollout, ("iou",), table, table[0], adv)
+    first, second = lines(tmp_path / "rollouts.jsonl")
+    box = {"box": [21, 14, 42, 28], "label": "", "score": 1}
+    assert first["gold_boxes"] == [box]
+    assert [c["boxes"] for c in first["completions"]] == [[box], None]
+    assert first["view"] == {"frame": "0-1000", "gold": "pixels", "sizes": [[56, 84, 56, 84]]}
+    assert {"gold_boxes", "view"}.isdisjoint(second)
+    assert all("boxes" not in c for c in second["completions"])
+    rewards = [("any", lambda *_: 0.5, 1.0)]
+    log_probes(tmp_path, 2, made.model, made.processor, prompts, rewards, 2)
+    first, second = lines(tmp_path / "probes.jsonl")[0]["answers"]
+    assert (first["gold_boxes"], first["boxes"]) == ([box], None) and "boxes" not in second
+
+
+def test_probes_tell_rewards_how_long_an_answer_is(made, tmp_path):
+    rewards = load_rewards(("linear_length(per=1)",))
+    log_probes(tmp_path, 0, made.model, made.processor, made.prompts[:2], rewards, 3)
+    out = sample(made.model, made.processor, made.prompts[:2], 1, 3, temperature=0)
+    found = [a["rewards"] for a in lines(tmp_path / "probes.jsonl")[0]["answers"]]
+    assert found == [{"linear_length(per=1)": float(n)} for n in out.lengths[:, 0]]
 
 
 def test_no_probes_leave_no_file(made, tmp_path):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tiny_checkpoint import make_checkpoint
 
 import parallel
+from model import Qwen2VL
 
 ROOT = Path(__file__).parent.parent
 REWARD = """
@@ -78,7 +79,11 @@ RUNS = {  # name: program, keys
     "muon": ("grpo", {"optimizer": "muon"}),
     "no signal": ("grpo", {"rewards": "late", "prompts": 6, "beta": 0}),
     "text": ("grpo", {"data": "text.jsonl", "prompts": 3, "micro_prompts": 1}),
+    "lora": ("grpo", {"lora": 4, "lora_vision": "true", "recompute": "true"}),
+    "lora, eye frozen": ("grpo", {"lora": 4, "micro_prompts": 1, "optimizer": "muon"}),
+    "tower frozen": ("grpo", {"freeze": "vision", "dynamic_sampling": 1, "updates_per_batch": 2}),
     "sft": ("sft", {}),
+    "sft frozen": ("sft", {"freeze": "vision,language"}),
     "sft prompts": ("sft", {"mask": "all", "micro": 1, "optimizer": "muon"}),
     "sft text": ("sft", {"data": "text.jsonl", "batch": 3}),
 }
@@ -162,7 +167,7 @@ def test_two_processes_train_as_one_does(done, name):
     assert gradients[0].keys() == gradients[1].keys()
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-5, atol=1e-5)
-    start, *ends = (load_file(f / "model.safetensors") for f in
+    start, *ends = (Qwen2VL.from_pretrained(f).state_dict() for f in
                     (done / "model", *(f / "step_000003" for f in folders)))  # fmt: skip
     moved, apart = (torch.cat([(x[k] - y[k]).flatten() for k in start]).norm()
                     for x, y in ((ends[0], start), ends))  # fmt: skip
@@ -179,14 +184,14 @@ def test_a_run_goes_on_with_another_number_of_processes(done, places):
     assert len(one) == len(other) == 3
     for a, b in zip(one, other):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
-    start, *ends = (load_file(f / "model.safetensors") for f in
+    start, *ends = (Qwen2VL.from_pretrained(f).state_dict() for f in
                     (done / "model", *(f / "step_000003" for f in folders)))  # fmt: skip
     moved, apart = (torch.cat([(x[k] - y[k]).flatten() for k in start]).norm()
                     for x, y in ((ends[0], start), ends))  # fmt: skip
     assert moved > 1e-3 and apart < 5e-3 * moved
 
 
-@pytest.mark.parametrize("name", ["plain", "copies", "bfloat16", "sft"])
+@pytest.mark.parametrize("name", ["plain", "copies", "bfloat16", "sft", "lora"])
 @pytest.mark.parametrize("number", [1, 2])
 def test_the_copy_to_sample_from_has_the_weights_as_they_are_at_each_step(done, name, number):
     """Gathered block by block, or cast; it is made once and written anew."""

@@ -12,6 +12,7 @@ from tiny_checkpoint import make_checkpoint, picture
 
 import deal
 import grpo
+import lora
 import parallel
 import plan
 import sft
@@ -19,11 +20,12 @@ from checkpoint import ModelConfig
 from data import Processor
 from evaluate import evaluate
 from example import Example
-from live import Live, nbytes
+from live import Live, memory_of, nbytes
+from lora import Learns
 from model import Qwen2VL
 from optim import make_optimizers
-from plan import Work, changes, check, check_disk, lengths, memory_of, spread, text
-from rollout import as_rollout, sample, score
+from plan import Work, changes, check, check_disk, lengths, spread, text
+from rollout import as_rollout, look, sample, score
 from sft import text_logp
 
 NEAR = 0.12  # how near a plan comes to what a step takes
@@ -105,7 +107,7 @@ def passes(folder, work: Work, loss) -> tuple[int, int, int]:
     """Bytes that forward and backward passes of loss(model) really take: what the forward pass
     keeps, autocast's copies of weights among it, the worst moment, and those copies alone. It is
     the second micro-batch of a step: gradients are there."""
-    model = Qwen2VL.from_pretrained(folder)
+    model = lora.load(work.learns, folder)
     model.prepare(recompute=work.recompute)
     with Live() as live, autocast(work):
         loss(model).backward()
@@ -114,7 +116,7 @@ def passes(folder, work: Work, loss) -> tuple[int, int, int]:
         kept = live.now
         value.backward()
         del value
-        gradients = sum(p.grad.nbytes for p in model.parameters())
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         copies = live.now - gradients
     return kept - before + copies, live.peak, copies
 
@@ -302,6 +304,46 @@ def test_the_passes_of_grpo_take_what_is_planned(made, bf16, recompute):
     parts = plan.of(made.cfg, work).moments["update"]
     assert_near(parts["kept for backward"] + parts["gathered weights"], kept)
     assert_near(sum(parts.values()) - parts["weights"] - parts["optimizer"], peak)
+
+
+LEARN = {
+    "tower frozen": Learns(("vision",)), "eye frozen": Learns(("vision", "merger")),
+    "language frozen": Learns(("language",)), "lora": Learns(rank=8),
+    "lora, all, dropout": Learns(rank=8, vision=True, dropout=0.1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEARN)
+def test_what_does_not_learn_has_no_gradient_no_moments_and_keeps_nothing(small, name):
+    """Bytes of a real step of each kind; and a checkpoint with LoRA has no weights of the base."""
+    work = work_of(small.prompts, 4, 64, learns=LEARN[name])
+    prompts = small.prompts
+    if work.learns.looks_once:
+        prompts = look(Qwen2VL.from_pretrained(small.folder), prompts)
+    rollout = as_rollout(prompts, [[[5] * 64] * 4] * 2)
+    kept, peak, _ = passes(small.folder, work, lambda model: score(model, rollout)[0].sum())
+    found, whole = (plan.of(small.cfg, w) for w in (work, replace(work, learns=lora.ALL)))
+    parts, all_parts = found.moments["update"], whole.moments["update"]
+    assert_near(parts["kept for backward"] + parts["gathered weights"], kept, 0.15)
+    assert_near(sum(parts.values()) - parts["weights"] - parts["optimizer"], peak, 0.15)
+    model = lora.load(work.learns, small.folder)
+    optimizers = make_optimizers(model, "adamw", 1e-3)
+    score(model, rollout)[0].sum().backward()
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    for optimizer in optimizers:
+        optimizer.step()
+    moments = sum(x.nbytes for o in optimizers for s in o.state.values() for x in s.values()
+                  if x.dim())  # fmt: skip
+    assert parts["gradients"] == gradients < all_parts["gradients"]
+    assert parts["optimizer"] == moments < all_parts["optimizer"]
+    weights = gradients if work.learns.rank else parts["weights"]
+    assert found.checkpoint == weights + moments
+
+
+def test_with_lora_there_is_no_second_model():
+    found = of_2b(learns=Learns(rank=64))
+    assert all(parts["reference"] == 0 for parts in found.moments.values())
+    assert found.checkpoint < of_2b().checkpoint / 20 and found.peak < 2 / 3 * of_2b().peak
 
 
 def test_beside_other_processes_all_weights_are_bfloat16(made):

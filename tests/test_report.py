@@ -1,6 +1,5 @@
 """Chapter two of report.py: what a reader sees of a run, and what a run can not do to the page."""
 
-import base64
 import json
 import math
 import re
@@ -103,37 +102,6 @@ def test_right_and_wrong_have_a_sign_and_a_word():
     assert [w.strip() for w in words] == ["✗ wrong", "✓ format", "0.25 own", "– none", ""]
 
 
-def test_a_small_picture_is_inlined_and_enlarged_by_a_whole_number(tmp_path):
-    Image.new("RGB", (100, 50)).save(tmp_path / "a.png")
-    ((_, img),) = Page(report.picture(tmp_path, "a.png", EVIL)).tags
-    assert (img["alt"], img["width"], img["height"], img["class"]) == (EVIL, "200", "100", "pixels")
-    kind, code = img["src"].split(",")
-    assert kind == "data:image/png;base64"
-    assert base64.b64decode(code) == (tmp_path / "a.png").read_bytes()
-
-
-def test_a_picture_outside_the_run_is_not_read(tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
-    (run / "link.png").symlink_to(tmp_path / "secret.png")
-    for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png"):
-        text = report.picture(run, name)
-        assert "<img" not in text and "No picture" in text
-    Image.new("RGB", (8, 8)).save(run / "own.png")
-    assert "<img" in report.picture(run, "sub/../own.png")
-
-
-def test_a_picture_that_is_missing_too_large_or_none_leaves_a_note(tmp_path, monkeypatch):
-    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
-    (tmp_path / "text.png").write_text("<svg onload=alert(1)>")
-    Image.new("RGB", (8, 8)).save(tmp_path / "large.png")
-    monkeypatch.setattr(report, "PICTURE", 10)
-    for name in ("gone.png", "loop.png", "text.png", "large.png", "", "a\0b", "\ud800", 7, EVIL):
-        text = report.picture(tmp_path, name)
-        assert f"No picture: {report.esc(name)} is" in text and "<img" not in text
-
-
 # ---- curves ----
 
 def test_only_metrics_that_are_there_are_drawn_and_those_always_zero_are_named():
@@ -156,6 +124,25 @@ def test_an_evaluation_is_a_curve_from_what_it_gave_before_to_what_it_gave_after
     text = report.curves([*rows, {"step": 3}], {"before": before, "after": after})
     assert "A, greedy: 25 % at first, 100 % at last" in text
     assert re.findall("<title>step (.): A", text) == ["0", "2", "3"]
+
+
+def test_what_a_scorer_tells_beside_accuracy_is_one_chart_of_lines():
+    each = {"accuracy": 0.5, "score": 0.5, "iou": 0.625, "giou": -0.25}
+    summary = {"before": {"A": {**each, "iou": 0.5}}, "after": {"A": each}}
+    rows = [{"step": 1, "reward": 1.0}, {"step": 2, "eval/A": 0.5, "eval/A/iou": 0.75,
+                                         "eval/A/giou": 0.5}, {"step": 3}]  # fmt: skip
+    text = report.curves(rows, summary)
+    assert re.findall("<h3>(.*?) <b>", text) == ["Reward", "A, greedy", "A: Mean IoU, Mean GIoU"]
+    assert re.findall('<b class="l1">(.*?)</b>', text) == ["giou −0.25"]
+    assert [f"<title>step {s}: iou {v}, giou" in text
+            for s, v in ((0, 0.5), (2, 0.75), (3, 0.625))] == [True] * 3  # fmt: skip
+
+
+def test_a_reward_with_arguments_keeps_its_name():
+    name = "gate(format,my/rewards.py:f)"
+    text = report.curves([{"step": s, f"reward/{name}": s / 2} for s in (0, 1)], {})
+    assert f"<h3>{name} <b>0.5</b>" in text and f"<title>step 1: {name} 0.5<" in text
+    assert report.marks({"iou(least=0.5)": 1.0}) == '<span class="yes">✓ iou(least=0.5)</span>'
 
 
 def test_of_the_lines_beside_a_curve_only_those_that_there_are_and_are_not_zero_are_drawn():
@@ -199,6 +186,25 @@ def test_the_table_shows_before_and_after_with_interval():
     words = "".join(Page(report.results({"before": {"A": row}, "after": {"B": row}})).words)
     assert "A before44.5 % 40.0 to 49.050.0 %–18.2400" in words and "B after44.5 %" in words
     assert report.results({}) == ""
+
+
+def test_the_table_has_a_column_for_what_some_scorer_tells():
+    row = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "format": 1.0, "n": 4, "unparsable": 0.25}
+    before, after = {**row, "score": 0.5, "iou": 0.625}, {**row, "score": 0.5, "iou": 0.75}
+    text = report.results({"before": {"A": before, "B": row}, "after": {"A": after, "B": row}})
+    assert re.findall('<th scope="col">(.*?)<', text) == [
+        "Set", "Accuracy", "0 to 100 %", "Mean IoU", "Format", "Unparsable", "Tokens", "n",
+    ]  # fmt: skip
+    cells = [re.findall("<td>([^<]+)<", line) for line in text.split("<tr class")[1:]]
+    assert [line[0] for line in cells] == ["0.625", "0.75", "–", "–"]
+
+
+def test_several_pictures_of_a_question_stand_side_by_side(tmp_path):
+    for name in "ab":
+        Image.new("RGB", (56, 28)).save(tmp_path / f"{name}.png")
+    text = report.group(tmp_path, {"problem": "q", "images": ["a.png", "b.png"]})
+    assert re.search('<div class="pictures"><img [^>]*><img [^>]*></div><h3>', text)
+    assert ".pictures {display: flex" in report.page(tmp_path)
 
 
 def test_a_probe_has_a_line_per_step_in_order(tmp_path):

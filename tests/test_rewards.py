@@ -1,10 +1,7 @@
 """Chapter two of rewards.py: what scores, what does not, and what a policy might try."""
 import itertools
-import os
 import random
 import re
-import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -15,19 +12,9 @@ import pytest
 
 import rewards
 import verify
-import worker
 from example import Example
-from rewards import (
-    ANSWER,
-    REWARDS,
-    THINK,
-    final_answer,
-    gold_answer,
-    load_rewards,
-    same,
-    score_all,
-)
-from worker import counted
+from grading import ASK, REWARDS, score_all
+from rewards import ANSWER, THINK, final_answer, gold_answer, same
 
 math_verify = pytest.importorskip("math_verify")  # the oracle
 hypothesis = pytest.importorskip("hypothesis")
@@ -39,8 +26,18 @@ R1V_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 R1V_ANSWER = re.compile(r"<answer>(.*?)</answer>")
 
 
-def gold(solution):
-    return SimpleNamespace(solution=solution)
+# Those of rewards.py, whose value is 0 or 1 but for these.
+NAMES = [name for name, reward in REWARDS.items() if reward.__module__ == "rewards"]
+RANGE = {"fuzzy": (0, 1), "repetition": (-1, 0)}
+
+
+def gold(solution, problem=""):
+    return SimpleNamespace(solution=solution, problem=problem)
+
+
+def in_range(name, value):
+    low, high = RANGE.get(name, (0, 1))
+    return type(value) is float and low <= value <= high and (name in RANGE or value in (0, 1))
 
 
 def accuracy(text, solution="3"):
@@ -304,6 +301,151 @@ def test_format_never_gives_what_r1v_refuses_but_for_white_space_around():
         assert form(text) <= bool(R1V_FORMAT.fullmatch(text.strip()))
 
 
+def test_white_space_between_thought_and_answer_may_be_refused():
+    """Defect 10: LMM-R1 is strict, the others are not."""
+    tight, loose = "<think>a</think><answer>3</answer>", say("3")
+    assert [rewards.format(text, gold("3"), strict=1) for text in (tight, loose, f" {tight}")] == [
+        1, 0, 0]
+    assert form(tight) == form(loose) == form(f" {tight}\n") == 1
+
+
+# ---- choices, words, numbers ----
+
+ASKS = "What color is it?\n(A) red (B) dark blue\n(C) green."
+LINES = "A. What is it? Choose.\nA. red\nB) dark blue\nC: green\nAnswer with the letter."
+
+
+@pytest.mark.parametrize("problem", [ASKS, LINES])
+@pytest.mark.parametrize("answer", ["(B)", "B)", "B.", "B", "b", "(b)", "(B).", "dark blue",
+                                    "Dark  Blue.", "(B) dark blue", "B. dark blue", "B: Dark blue"])
+def test_an_option_is_read_from_its_letter_and_its_text(answer, problem):
+    """Defect 4: VLM-R1 does not find the B in "(B)" and "B)"."""
+    for solution in ("B", "(B)", "<answer> B </answer>", "dark blue", "B. dark blue"):
+        assert rewards.choice(say(answer), gold(solution, problem)) == 1
+    assert rewards.choice(say(answer), gold("A", problem)) == 0
+    assert rewards.choice(answer, gold("B", problem)) == 0
+
+
+@pytest.mark.parametrize("answer", [
+    "A or B", "A, B", "(A)(B)", "B. red", "(B) red", "blue", "not B", "B or C", "B C", "?", "D",
+    "dark blue or red", "the answer is B", "(B) dark blue (C) green", "β", "2"])
+def test_another_option_or_several_are_wrong(answer):
+    assert rewards.choice(say(answer), gold("B", ASKS)) == 0
+
+
+def test_options_are_those_of_the_last_list_from_a_on():
+    assert rewards.options(ASKS) == {"a": "red", "b": "dark blue", "c": "green"}
+    assert rewards.options(LINES) == {"a": "red", "b": "dark blue", "c": "green"}
+    assert rewards.options("(A) 3, (B) 4") == {"a": "3", "b": "4"}
+    assert rewards.options("Is (C) or (B) it?") == rewards.options("") == {}
+    twice = gold("A", "(A) red (B) red")
+    assert rewards.choice(say("red"), twice) == 0 and rewards.choice(say("A"), twice) == 1
+    assert rewards.choice(say("B. red"), gold("B")) == 0  # nobody knows what B is
+
+
+def test_yes_and_no_are_the_first_word():
+    right = [rewards.yes_no(say(text), gold("Yes")) for text in
+             ("yes", "Yes.", "YES, there are two", "No", "nothing", "I know: yes", "eyes", "maybe")]
+    assert right == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert [rewards.yes_no(say(text), gold("No.")) for text in ("No, none", "no")] == [1, 1]
+    for solution in ("maybe", "nothing", ""):  # VLM-R1: neither in both is 1, "nothing" is no
+        assert rewards.yes_no(say("maybe"), gold(solution)) == 0
+        assert rewards.yes_no(say("no"), gold(solution)) == 0
+
+
+def test_exact_is_equality_but_for_case():
+    exact = rewards.exact
+    assert exact(say("no  defect."), gold("No Defect")) == exact(say("3"), gold("3")) == 1
+    assert exact(say("3.0"), gold("3")) == exact(say("B"), gold("(B)")) == 0
+    assert exact(say("defect"), gold("No Defect")) == exact(say("?"), gold("")) == 0
+
+
+@pytest.mark.parametrize("answer, right", [
+    ("3", 1), ("3.0", 1), ("there are 3", 1), ("3 cubes.", 1), ("+3", 1), ("= 03", 1), ("3cm", 1),
+    ("4", 0), ("-3", 0), ("3 or 4", 0), ("3 3", 0), ("1-3", 0), ("3,000", 0), ("3e5", 0),
+    ("three", 0), ("none", 0), ("30", 0), ("3" * 50, 0)])
+def test_number_is_the_one_number_in_the_answer(answer, right):
+    """Defect 2 among it: no letters are asked for."""
+    assert rewards.number(say(answer), gold("3")) == right
+    assert rewards.number(say(answer), gold("3 cm")) == right
+    assert rewards.number(say(answer), gold("three")) == rewards.number(answer, gold("3")) == 0
+
+
+def test_fuzzy_is_the_share_of_what_is_common():
+    """"kitten" and "sitting": ittn is common, 2 x 4 / 13."""
+    fuzzy = rewards.fuzzy
+    assert fuzzy(say("kitten"), gold("sitting")) == pytest.approx(8 / 13)
+    assert fuzzy(say("Red cube."), gold("red  cube")) == fuzzy(say("(b)"), gold("B")) == 1
+    assert fuzzy(say("13"), gold("12")) == fuzzy(say("C"), gold("B")) == 0
+    assert fuzzy(say("13 cm"), gold("12 cm")) == 0 == fuzzy("kitten", gold("kitten"))
+    assert fuzzy(say(""), gold("a")) == fuzzy(say("abc"), gold("xyz")) == 0
+    assert fuzzy(say("a" * 20_000), gold("a" * 19_999)) == 0
+
+
+def test_likeness_is_that_of_the_table_of_common_subsequences():
+    rng = random.Random(7)
+    for _ in range(200):
+        a, b = ("".join(rng.choices("abc ", k=rng.randrange(12))) for _ in "ab")
+        table = np.zeros((len(a) + 1, len(b) + 1), int)
+        for i, j in itertools.product(range(len(a)), range(len(b))):
+            table[i + 1, j + 1] = (table[i, j] + 1 if a[i] == b[j]
+                                   else max(table[i, j + 1], table[i + 1, j]))
+        assert rewards.alike(a, b) == 2 * table[-1, -1] / (len(a) + len(b) or 1)
+
+
+def test_repetition_by_hand():
+    """Of ten runs of 6 words in 15 the first five come again: 5 / 10 - 1; of three objects two are
+    one: 2 / 3 - 1."""
+    def again(text, **options):
+        return rewards.repetition(text, gold(""), **options)
+    assert again("a b c d e " * 3) == pytest.approx(5 / 10 - 1) == again("A b c d E\n" * 3)
+    assert again("a b c d e f g h i") == again("a a a a a") == again("") == 0
+    assert again("a b a b", n=2) == pytest.approx(2 / 3 - 1)
+    assert again('[{"bbox_2d": [1, 2], "label": "a"}, {"bbox_2d":[1,2],"label":"a"}, {}]') == (
+        pytest.approx(2 / 3 - 1))
+    assert again("{}" + "a b c d e " * 3) == -0.4        # one object hides no words, as in VLM-R1
+
+
+def test_repetition_is_vlm_r1_s_on_words():
+    def theirs(text, n=6):
+        runs = [*zip(*[text.lower().split()[i:] for i in range(n)])]
+        return -(1 - len(set(runs)) / len(runs)) if runs else 0
+    rng = random.Random(8)
+    for _ in range(100):
+        text = " ".join(rng.choices("abc", k=rng.randrange(40)))
+        assert rewards.repetition(text, gold("")) == pytest.approx(theirs(text))
+
+
+# ---- of other rewards, and of the length ----
+
+def test_the_cosine_is_vlm_r1_s_up_to_its_end_and_stays_there():
+    """Defect 7: beyond 1024 tokens VLM-R1's turns back, and takes all answers for right."""
+    from math import cos, pi
+
+    def theirs(right, length):
+        low, high = (0.5, 1.0) if right >= 0.7 else (0.0, -0.5)
+        return high - (high - low) * (1 - cos(length * pi / 1024)) / 2
+    for right, length in itertools.product((0, 0.69, 0.7, 1), (0, 1, 300, 512, 1000, 1024)):
+        assert rewards.cosine_length(right, length) == pytest.approx(theirs(right, length))
+    assert theirs(1, 2048) == 1 and rewards.cosine_length(1, 2048) == 0.5
+    assert rewards.cosine_length(0, 10**9) == 0 and rewards.cosine_length(0, 0) == -0.5
+    assert rewards.cosine_length(1, 50, most=100) == pytest.approx(0.75)
+    assert rewards.cosine_length(0.5, 0, least=0.4) == 1
+
+
+def test_the_linear_length_ends():
+    assert [rewards.linear_length(n) for n in (0, 10, 1000, 99999)] == [0, 0.01, 1, 1]
+    assert rewards.linear_length(30, per=0.1, most=20) == pytest.approx(2)
+
+
+def test_all_of_and_gate():
+    assert rewards.all_of(1, 1) == 1 and rewards.all_of(1, 0, 1) == 0
+    assert rewards.all_of(1, 0.4) == 0.4
+    assert [rewards.gate(a, b) for a, b in ((1, 0.4), (0.9, 0.4), (0, -1), (1, -1))] == [
+        0.4, 0, -1, -1]
+    assert rewards.gate(0.5, 1, least=0.5) == 1
+
+
 # ---- R1-V's rules ----
 
 def test_r1v_format_equals_its_regex_on_random_texts():
@@ -368,14 +510,13 @@ def texts(n, seed=0):
             yield f"{a}<think>{b}</think>{c}<answer>{d}</answer>{e}"
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_no_text_raises_or_leaves_the_range(name):
     solutions = itertools.cycle(["3", "", "<answer>B</answer>"])
-    n = 400 if name in ("math", "r1v_accuracy") else 5000
+    n = 400 if name in ("math", "r1v_accuracy") else 3000
     for text, solution in zip(texts(n, seed=1), solutions):
-        value = REWARDS[name](text, gold(solution))
-        assert type(value) is float and value in (0.0, 1.0)
-        assert REWARDS[name](text, gold(text)) in (0.0, 1.0)
+        assert in_range(name, REWARDS[name](text, gold(solution)))
+        assert in_range(name, REWARDS[name](text, gold(text, text)))
 
 
 SIZES = st.sampled_from([1, 2, 30, 1000, 100_000])
@@ -390,22 +531,22 @@ property_of = hypothesis.settings(deadline=None, derandomize=True, database=None
                                   suppress_health_check=[*hypothesis.HealthCheck])
 
 
-ASKED = [function.__name__ for function in rewards.ASK]     # those that ask math-verify
+ASKED = [function.__name__ for function in ASK]     # those that ask math-verify
 
 
 def in_range_and_quick(name, text, solution):
     """The value; less than a second of this process, and math-verify's limit of waiting."""
     start, wall = time.process_time(), time.monotonic()
-    value = REWARDS[name](text, gold(solution))
+    value = REWARDS[name](text, gold(solution, solution))
     assert time.process_time() - start < 1 and time.monotonic() - wall < verify.SECONDS + 2
-    assert (value is None and name in ASKED) or (type(value) is float and value in (0.0, 1.0))
+    assert (value is None and name in ASKED) or in_range(name, value)
     return value
 
 
-@pytest.mark.parametrize("name", sorted({*REWARDS} - {*ASKED}))
+@pytest.mark.parametrize("name", sorted({*NAMES} - {*ASKED}))
 def test_property_any_text_has_a_value_in_range_at_once(name):
     @hypothesis.given(TEXTS | ANSWERS, TEXTS)
-    @hypothesis.settings(property_of, max_examples=200)
+    @hypothesis.settings(property_of, max_examples=40)
     def holds(text, solution):
         in_range_and_quick(name, text, solution)
         if name == "format":
@@ -467,276 +608,21 @@ HOSTILE = {
     "boxes": "<think></think><answer>" + "{[1,1,1,1]}" * (N // 11),
     "boxes again": "<think></think><answer>{[1,1,1,1]}" * (N // 34),
     "boxed": "<think>" + "</think>\\boxed{" * (N // 15), "blanks, slash": " " * N + "/",
+    "options": say("(A) " * (N // 4)), "objects": say("{}" * N),
     "braces": say("{" * N), "fractions": say(r"\frac{1}{" * (N // 9) + "}" * (N // 9)),
     "towers": say("9**" * (N // 3) + "9"), "roots": say("√" * N), "units": say("3" + "米" * N)}
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_100_000_hostile_characters_take_well_under_a_second(name, case):
     """R1-V's own patterns take 2 to 5 s on some of these, linear code at most 7 ms; math-verify
     15 ms on what it is given, and never more than its limit."""
     for solution in ("3", HOSTILE[case]):
         start, wall = time.process_time(), time.monotonic()
-        REWARDS[name](HOSTILE[case], gold(solution))
+        REWARDS[name](HOSTILE[case], gold(solution, HOSTILE[case]))
         assert time.process_time() - start < 0.5
         assert time.monotonic() - wall < verify.SECONDS + 2
-
-
-# ---- the rewards of a run ----
-
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    """For each of one's own, since a start takes 0.1 s."""
-    monkeypatch.setattr(worker, "MOST", 1)
-
-
-def own(tmp_path, source):
-    path = tmp_path / "mine.py"
-    path.write_text(source)
-    return path
-
-
-def test_rewards_are_loaded_in_order_with_weight_one_each():
-    assert load_rewards(("format", "accuracy")) == [("format", rewards.format, 1.0),
-                                                    ("accuracy", rewards.accuracy, 1.0)]
-
-
-def test_weights_go_with_their_rewards():
-    loaded = load_rewards(("accuracy", "format"), (2, 0.5))
-    assert [(name, weight) for name, _, weight in loaded] == [("accuracy", 2.0), ("format", 0.5)]
-
-
-def test_one_s_own_reward_is_loaded_from_a_file_and_sees_text_and_example(tmp_path):
-    path = own(tmp_path, "def short(text, example, limit=5):\n"
-                         "    return None if example.solution == '' else len(text) < limit\n")
-    [(name, function, weight)] = load_rewards((f"{path}:short",), (0.5,))
-    assert (name, weight) == ("short", 0.5)
-    assert [function("abc", gold("3")), function("abcdef", gold("3")), function("", gold(""))] == [
-        1.0, 0.0, None]
-    assert type(function("abc", gold("3"))) is float
-
-
-def test_one_s_own_path_is_relative_to_the_working_folder(tmp_path, monkeypatch):
-    own(tmp_path, "def f(text, example): return 1\n")
-    monkeypatch.chdir(tmp_path)
-    assert load_rewards(("mine.py:f", "accuracy"))[0][1]("", gold("3")) == 1.0
-
-
-def test_a_file_may_hold_dataclasses_with_postponed_annotations(tmp_path):
-    path = own(tmp_path, "from __future__ import annotations\nfrom dataclasses import dataclass\n"
-                         "@dataclass\nclass A:\n    x: int = 2\n"
-                         "def f(text, example): return A().x\n")
-    assert load_rewards((f"{path}:f",))[0][1]("", gold("3")) == 2.0
-
-
-@pytest.mark.parametrize("names, weights, message", [
-    ((), (), "rewards: none given; known are accuracy, math, format"),
-    (("acuracy",), (), "reward acuracy: unknown; did you mean accuracy?"),
-    (("mine.py",), (), "reward mine.py: unknown .*your own as path/to/file.py:function"),
-    (("accuracy", "accuracy"), (), "a reward called accuracy is there already"),
-    (("accuracy", "format"), (1.0,), "reward weights: 1 for 2 rewards"),
-    (("accuracy",), (1.0, 2.0), "reward weights: 2 for 1 rewards"),
-    (("nowhere/mine.py:f",), (), "reward nowhere/mine.py:f: no Python file at /"),
-    (("accuracy:f",), (), "reward accuracy:f: no Python file at /")])
-def test_a_wrong_name_or_weight_is_refused_at_start(names, weights, message):
-    with pytest.raises(ValueError, match=message):
-        load_rewards(names, weights)
-
-
-@pytest.mark.parametrize("source, message", [
-    ("def grade(text, example): return 1", "no function f in .*mine.py"),
-    ("def ff(text, example): return 1", "no function f in .*mine.py; did you mean ff?"),
-    ("f = 3", "no function f"),
-    ("def f(text): return 1", r"callable as f\(text, example\), but is f\(text\): too many"),
-    ("def f(text, example, more): return 1", r"but is f\(text, example, more\): missing"),
-    ("def f(text, *, example): return 1", r"must be callable as f\(text, example\)"),
-    ("def accuracy(text, example): return 1\nf = accuracy", None)])
-def test_a_wrong_function_is_refused_at_start(source, message, tmp_path):
-    name = f"{own(tmp_path, source)}:f"
-    if message is None:
-        assert load_rewards(("accuracy", name))[1][0] == "f"
-    else:
-        with pytest.raises(ValueError, match=message):
-            load_rewards((name,))
-
-
-@pytest.mark.parametrize("source, message", [
-    ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-    ("x = 1\nraise KeyError(x)", r'mine.py", line 2, in .*KeyError\(x\).*KeyError: 1'),
-    ("def f(text, example: return 1", r"mine.py\", line 1\n.*SyntaxError"),
-    ("import sys\nsys.exit(3)", "does not start, it ended")])
-def test_an_error_in_one_s_own_file_is_shown_as_it_is(source, message, tmp_path):
-    with pytest.raises(ValueError, match=rf"(?s)^reward .*mine.py:f: .*{message}"):
-        load_rewards((f"{own(tmp_path, source)}:f",))
-
-
-def test_a_file_that_hangs_while_it_is_loaded_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "START_SECONDS", 1.0)
-    path, start = own(tmp_path, "while True: pass"), time.monotonic()
-    with pytest.raises(ValueError, match=r"mine.py:f: .*not ready after 1 s"):
-        load_rewards((f"{path}:f",))
-    assert time.monotonic() - start < 4
-
-
-@pytest.mark.parametrize("value", ["'1'", "float('nan')", "float('inf')", "[1]", "1j", "10**400"])
-def test_one_s_own_reward_must_give_a_finite_number(value, tmp_path):
-    path = own(tmp_path, f"def f(text, example): return {value} if text else 1")
-    [(_, function, _)] = load_rewards((f"{path}:f",))
-    with pytest.raises(ValueError, match=r"(?s)mine.py:f: .*(gave .*; must be a finite number or "
-                                         r"None|int too large)"):
-        function("so", gold("3"))
-    assert function("", gold("3")) == 1 and function("so", gold("3")) is None
-
-
-# ---- one's own can hurt nobody ----
-
-def test_the_trainer_does_not_run_the_file(tmp_path, monkeypatch):
-    path = own(tmp_path, "import os, signal, sys, rewards\nos.environ['HURT'] = '1'\n"
-                         "os.chdir('/')\nsys.path.append('/')\nrewards.same = None\n"
-                         "signal.signal(signal.SIGALRM, lambda *_: None)\n"
-                         "def f(text, example):\n"
-                         "    example.extra['seen'] = 1\n"
-                         "    return os.getpid()\n")
-    example, before = Example("", "3"), (os.getcwd(), [*sys.path], {*sys.modules})
-    [(_, function, _)] = load_rewards((f"{path}:f",))
-    assert function("", example) not in (os.getpid(), os.getppid())
-    assert (os.getcwd(), sys.path) == before[:2] and "HURT" not in os.environ
-    assert not {x for x in {*sys.modules} - before[2] if "mine" in x} and example.extra == {}
-    assert rewards.same("3", "3.0") and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
-
-
-def test_the_example_arrives_whole(tmp_path):
-    path = own(tmp_path, "from example import Example\n"
-                         "def f(text, example):\n"
-                         "    a, b, c = example.images\n"
-                         "    assert type(example) is Example and a.dtype == 'uint8'\n"
-                         "    assert a.shape == (320, 480, 3) and str(b) == 'a.png' and c == b'x'\n"
-                         "    assert example.extra == {'at': [(0.5, 2)], '\\ud800': None}\n"
-                         "    e = example\n"
-                         "    assert (e.problem, e.task, e.row) == ('q', 't', 'r')\n"
-                         "    return int(a.sum()) + len(text + example.solution)\n")
-    image = np.random.default_rng(0).integers(0, 255, (320, 480, 3), dtype=np.uint8)
-    example = Example("q", "\ud800", (image, Path("a.png"), b"x"), "t", "r",
-                      {"at": [(0.5, 2)], "\ud800": None})
-    [(_, function, _)] = load_rewards((f"{path}:f",))
-    assert function("\0\ud800", example) == image.sum() + 3
-
-
-HARMFUL = """
-import os, time
-def f(text, example):
-    if text == "hang":
-        while True: pass
-    if text == "tower": return 9**9**9**9
-    if text == "die": os._exit(0)
-    if text == "fill": return len(bytearray(6 * 10**8))
-    if text == "raise": raise KeyError("odd")
-    if text == "word": return "word"
-    if text == "print": print('{"value": 7}')
-    return len(text)
-def g(text, example): return f(text, example)
-"""
-
-
-def test_what_hangs_dies_or_fills_the_memory_has_no_reward_and_is_counted(tmp_path, capsys):
-    [(_, function, _)] = load_rewards((f"{own(tmp_path, HARMFUL)}:f",), (), 0.7, 0.5)
-    counted()
-    texts, start = ["a", "hang", "bb", "die", "print", "fill", "tower", "ccc"], time.monotonic()
-    [values] = score_all([("f", function, 1.0)], texts, [gold("3")] * 8)
-    assert values == [1.0, None, 2.0, None, 5.0, None, None, 3.0]
-    assert counted() == {"killed": 4, "failed": 0} and time.monotonic() - start < 7
-    told = capsys.readouterr().err
-    assert told.count("no reward") == 1 and "mine.py:f: was killed or died" in told
-    assert "0.7 s and 0.5 GB" in told
-    assert function("hang", gold("3")) is None and capsys.readouterr().err == ""
-
-
-def test_what_raises_has_no_reward_and_is_told_once(tmp_path, capsys):
-    both = load_rewards([f"{own(tmp_path, HARMFUL)}:{name}" for name in "fg"])
-    counted()
-    texts = ["raise", "a", "word", "bb"]
-    assert score_all(both, texts, [gold("3")] * 4) == [[None, 1.0, None, 2.0]] * 2
-    assert counted() == {"killed": 0, "failed": 4}
-    told = capsys.readouterr().err
-    assert told.count("KeyError: 'odd'") == 2 and 'raise KeyError("odd")' in told
-    assert told.count("said once") == 2
-    assert score_all(both, texts, [gold("3")] * 4) == [[None, 1.0, None, 2.0]] * 2
-    assert capsys.readouterr().err == ""
-
-
-def test_one_that_has_never_worked_and_fails_for_all_texts_is_a_mistake(tmp_path, capsys):
-    """Told in the first step, not after the night. Once it has worked, it may be the texts."""
-    path = own(tmp_path, HARMFUL)
-    both = load_rewards(("accuracy", f"{path}:f"), (), 0.7)
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"(?s)mine.py:f: failed for every text so far; .*"
-                                             r'raise KeyError\("odd"\)\n.*\nKeyError: .odd'):
-            score_all(both, ["word", "raise"], [gold("3"), gold("3")])
-    assert score_all(both, ["hang", "raise"], [gold("3")] * 2)[1] == [None, None]
-    with pytest.raises(ValueError, match="failed for every text so far"):
-        both[1][1]("raise", gold("3"))
-    assert score_all(both, ["a", "raise"], [gold("3")] * 2)[1] == [1.0, None]
-    assert score_all(both, ["word", "raise"], [gold("3")] * 2)[1] == [None, None]
-    assert both[1][1]("raise", gold("3")) is None
-
-
-def test_a_process_that_replaces_another_runs_what_the_first_one_ran(tmp_path):
-    path = own(tmp_path, "import os, beside\n"
-                         "def f(text, example): return beside.one if text else os._exit(0)\n")
-    (tmp_path / "beside.py").write_text("one = 1")
-    [(_, function, _)] = load_rewards((f"{path}:f",))
-    path.write_text("this is no Python")
-    assert [function(text, gold("3")) for text in ("a", "", "b")] == [1.0, None, 1.0]
-
-
-# ---- many at a time ----
-
-def test_score_all_gives_what_a_loop_gives(tmp_path):
-    path = own(tmp_path, "def size(text, example):\n"
-                         "    return None if not text else len(text) + len(example.solution)\n")
-    loaded = load_rewards((*REWARDS, f"{path}:size"), range(6))
-    some = [*texts(60, seed=2), say("1/2"), say(r"\frac{2}{4}"), say("0.5"), say("x"), say("x")]
-    examples = [gold(solution) for _, solution in zip(some, itertools.cycle(["3", r"\frac12"]))]
-    table = score_all(loaded, some, examples)
-    assert table == [[f(*row) for row in zip(some, examples)] for _, f, _ in loaded]
-    assert [len(row) for row in table] == [len(some)] * 6 and None in table[5]
-    assert all(value is None or type(value) is float for row in table for value in row)
-    assert score_all(loaded, [], []) == [[]] * 6 and score_all([], ["a"], [gold("3")]) == []
-
-
-def test_a_plain_function_is_a_reward_too():
-    assert score_all([("n", lambda text, example: len(text), 1.0)], ["a", "bb"], [None] * 2) == [
-        [1.0, 2.0]]
-
-
-def test_math_verify_is_asked_once_about_what_several_texts_say(monkeypatch):
-    monkeypatch.setattr(verify.JUDGE, "seconds", 0.4)
-    tower = say("5^{5^{5^5}}")
-    counted()
-    some = [tower, say("6/2"), tower, say("4"), tower, say("$6/2$", "well")]
-    [values] = score_all([("math", rewards.math, 1.0)], some, [gold("3")] * 6)
-    assert values == [None, 1.0, None, 0.0, None, 1.0]
-    assert counted() == {"killed": 1, "failed": 0}
-
-
-def test_one_s_own_are_called_at_the_same_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "MOST", 4)
-    monkeypatch.setattr(worker, "cores", lambda: 4)
-    path = own(tmp_path, "import time\ndef f(text, example): time.sleep(0.25); return int(text)\n")
-    loaded = load_rewards((f"{path}:f",))
-    start = time.monotonic()
-    assert score_all(loaded, [*"01234567"], [gold("3")] * 8) == [[0, 1, 2, 3, 4, 5, 6, 7]]
-    assert time.monotonic() - start < 1.5               # one after another they take 2 s
-
-
-def test_no_alarm_is_set_in_the_trainer():
-    """It works in the main thread only, ends no call into C, and a user's own code may set it."""
-    rewards.math(say("6/2"), gold("3"))
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    root = Path(rewards.__file__).parent
-    assert [path.name for path in sorted(root.glob("*.py"))
-            if "SIGALRM" in path.read_text(encoding="utf-8")] == ["worker.py"]
 
 
 def test_the_tag_words_stand_in_one_place():
@@ -748,27 +634,7 @@ def test_the_tag_words_stand_in_one_place():
         source = source.replace(old, new)
     other = {"__name__": "other"}
     exec(source, other)
-    for name, reward in other["REWARDS"].items():
+    for name in ("accuracy", "math", "format", "r1v_accuracy", "r1v_format"):
+        reward = other[name]
         assert reward("<t>so</t> <a>3</a>", gold("<a>3</a>")) == 1, name
         assert reward(say("3"), gold("<a>3</a>")) == 0, name
-
-
-@pytest.mark.parametrize("name", ["math", "r1v_accuracy"])
-def test_a_missing_math_verify_is_told_before_a_run_starts(name, monkeypatch):
-    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install math-verify"):
-        load_rewards(("format", name))
-    assert load_rewards(("format", "accuracy"))
-
-
-def test_a_bad_row_of_one_group_does_not_end_a_run(tmp_path):
-    """A process that has one prompt a step sees nothing else in its first call."""
-    path = tmp_path / "mine.py"
-    path.write_text("def f(text, example):\n    return 1 / int(example.solution)\n")
-    rewards = load_rewards((f"{path}:f",))
-    bad, good = gold("0"), gold("2")
-    assert score_all(rewards, ["a", "b"], [bad, bad]) == [[None, None]]
-    with pytest.raises(ValueError, match="ZeroDivisionError"):
-        score_all(rewards, ["a", "b"], [bad, bad])
-    assert score_all(rewards, ["a", "b"], [good, good]) == [[0.5, 0.5]]
-    assert score_all(rewards, ["a", "b"], [bad, bad]) == [[None, None]]

@@ -88,6 +88,62 @@ def refused(source, **options) -> str:
 GOOD = {"problem": "How many?", "solution": "3"}
 
 
+# ---- several sources ----
+
+
+def gui_row(n, *images):
+    """As VLM-R1's multi-image rows."""
+    turns = [{"from": "human", "value": "Which defect?"}, {"from": "gpt", "value": "No Defect"}]
+    return {"id": n, "image": list(images), "conversations": turns}
+
+
+def test_sources_are_joined_each_with_its_folder_and_its_columns(tmp_path):
+    for folder, name, size in (("coco", "a.png", 60), ("screens", "a.png", 40),
+                               ("screens", "b.png", 50)):  # fmt: skip
+        (tmp_path / folder).mkdir(exist_ok=True)
+        picture(size, 30).save(tmp_path / folder / name)
+    box = {"image": "a.png", "problem": "Where?", "solution": [1, 2, 3, 4]}
+    own = {"problem": "Why?", "solution": "so", "accu_reward_method": "math", "task": "text"}
+    rec = write(tmp_path, box, own, box | {"accu_reward_method": None}, name="rec.jsonl")
+    gui = write(tmp_path, gui_row(1, "a.png", "b.png"), name="gui.jsonl")
+    source = (f"{rec} images={tmp_path}/coco accu_reward_method=iou(least=0.5) frame=0-1000 "
+              f"task=rec\n + {gui}  images={tmp_path}/screens accu_reward_method=exact box_image=1")
+    found = load_examples(source)
+    assert [e.row for e in found] == ["rec.jsonl:1", "rec.jsonl:2", "rec.jsonl:3", "gui.jsonl:1"]
+    widths = [[open_image(x).shape[1] for x in e.images] for e in found]
+    assert widths == [[60], [], [60], [40, 50]]
+    said = [e.extra["accu_reward_method"] for e in found]
+    assert said == ["iou(least=0.5)", "math", "iou(least=0.5)", "exact"]
+    assert [e.frame for e in found] == ["0-1000"] * 3 + [None]
+    assert [e.task for e in found] == ["rec", "text", "rec", ""]
+    assert found[-1].extra == {"id": 1, "completion": "No Defect", "accu_reward_method": "exact",
+                               "box_image": 1}  # fmt: skip
+    assert [e.row for e in found[2:]] == ["rec.jsonl:3", "gui.jsonl:1"]
+    assert list(pickle.loads(pickle.dumps(found))) == list(found)
+
+
+def test_a_limit_counts_over_the_sources_and_bad_rows_are_told_of_each(tmp_path, capsys):
+    one, two = (write(tmp_path, GOOD, GOOD, "{", name=f"{n}.jsonl") for n in (1, 2))
+    assert "1.jsonl: 1 of 3 rows are bad" in refused(f"{one} + {two}")
+    found = load_examples(f"{one} + {two}", bad_rows="skip")
+    assert len(found) == 4 and found.total == 6 and rows.left_out(found, found) == 2
+    assert [e.row for e in load_examples(f"{one} + {two}", limit=2)] == ["1.jsonl:1", "1.jsonl:2"]
+    some = load_examples(f"{one} + world:A:n=9:ask=count+relation", limit=4, bad_rows="skip")
+    assert [e.row for e in some] == ["1.jsonl:1", "1.jsonl:2", "world:A#0", "world:A#1"]
+    assert "1 of 3 rows are bad" in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_one_of_several_sources_is_told(tmp_path):
+    good = write(tmp_path, GOOD)
+    assert "gone.jsonl: no such file" in refused(f"{good} + {tmp_path}/gone.jsonl")
+    for word in ("frame=pixel", "frame=7", "image=pictures"):  # of which the last would do nothing
+        told = refused(f"{good} {word}")
+        assert "a source has images=FOLDER, frame=pixels|resized|0-1000" in told
+    assert "train.jsonl:1: box_image 0: must be the place" in refused(f"{good} box_image=0")
+    there = write(tmp_path, GOOD, name="a + b=c.jsonl")  # a file of that very name
+    assert len(load_examples(there)) == 1
+
+
 # ---- rows of a file ----
 
 

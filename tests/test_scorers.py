@@ -109,7 +109,7 @@ def test_any_reward_is_a_scorer_and_its_answer_is_the_final_one(tmp_path):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("cuont", "scorer cuont: unknown; did you mean count.*geoqa, accuracy, .*file.py:function"),
+    ("cuont", "scorer cuont: unknown; did you mean count.*geoqa, rec, detect, .*file.py:function"),
     ("nowhere.py:f", "nowhere.py:f: no Python file"),
     ("", "scorer : unknown"),
 ])  # fmt: skip
@@ -161,8 +161,9 @@ def test_summary_by_hand():
     found = summary(results + results[1:2])
     low, high = wilson(3, 5)
     assert found == {
-        "accuracy": 3 / 5, "low": low, "high": high, "format": 2 / 5, "unparsable": 1 / 5,
-        "parsed": 3 / 4, "length": 24.0, "characters": 25.0, "n": 5, "correct": 3,
+        "accuracy": 3 / 5, "low": low, "high": high, "score": 3 / 5, "format": 2 / 5,
+        "unparsable": 1 / 5, "parsed": 3 / 4, "length": 24.0, "characters": 25.0, "n": 5,
+        "correct": 3,
     }  # fmt: skip
     odd = {**results[0], "extracted_answer": None}  # right by another rule, but not parsed
     assert summary([odd, results[2]])["parsed"] == 0

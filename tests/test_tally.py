@@ -11,6 +11,7 @@ from torch import Tensor
 import worker
 from data import Processor
 from example import Example
+from grading import load_rewards
 from rollout import Rollout, as_rollout
 from tally import has_signal, reward_table, step_metrics, total_reward
 
@@ -51,6 +52,14 @@ def test_each_text_meets_the_example_of_its_own_prompt(processor):
     rollout = texts_only([["a", "b", "a"], ["b", "a", "b"]], ["a", "b"], processor)
     table = reward_table(rollout, [("words", words, 1.0), ("length", length, 1.0)])
     assert table.tolist() == [[[1, 0, 1], [1, 0, 1]], [[1, 1, 1], [1, 1, 1]]]
+
+
+def test_a_reward_is_told_how_long_its_own_completion_is(processor):
+    """In tokens: rows of 1 and 2, and of 3 and 1."""
+    prompts = [processor.prompt(Example("What?", s)) for s in "ab"]
+    rollout = as_rollout(prompts, [[[1], [1, 2]], [[1, 2, 3], [1]]])
+    table = reward_table(rollout, load_rewards(("linear_length(per=1)",)))
+    assert table.tolist() == [[[1, 2], [3, 1]]]
 
 
 def test_no_reward_is_nan_in_the_table(processor):

@@ -7,8 +7,9 @@ import itertools
 
 import pytest
 
+from boxes import View
 from rewards import ANSWER, THINK
-from template import TEMPLATES, Template, find_template
+from template import TEMPLATES, Template, find_template, frame_words
 
 START, END = ("<|im_start|>",), ("<|im_end|>",)
 SYSTEM = "system\nYou are a helpful assistant."
@@ -37,10 +38,71 @@ def test_the_system_prompt_is_deepseeks_as_r1v_has_it():
 
 
 def test_the_tag_words_are_those_that_the_rewards_look_for():
-    for name in ("r1v", "r1v_eval", "r1v_geoqa", "system", "r1v_sft"):
+    for name in TEMPLATES.keys() - {"direct", "plain"}:
         said = TEMPLATES[name].user + TEMPLATES[name].system
         assert all(tag in said for tag in THINK + ANSWER)
     assert all(tag in TEMPLATES["direct"].user for tag in ANSWER)
+
+
+def test_vlm_r1s_prompts_are_its_own_to_the_letter():
+    """get_question_template of its Qwen2VLModule, for "default", "rec", "ic" and "odLength"."""
+    first = ("{Question} First output the thinking process in <think> </think> tags and then "
+             "output the final answer in <answer> </answer> tags.")  # fmt: skip
+    assert TEMPLATES["vlm_r1"].user == first
+    assert TEMPLATES["rec"].user == first + " Output the final answer in JSON format."
+    mind = ("First thinks about the reasoning process in the mind and then provides the user with "
+            "the answer. The reasoning process and answer are enclosed within <think> </think> and "
+            "<answer> </answer> tags, respectively, i.e., <think> reasoning process here </think>"
+            "<answer> {}answer here </answer>")  # fmt: skip
+    assert TEMPLATES["ic"].user == "{Question} " + mind.format("json format ")
+    assert TEMPLATES["od_length"].user == mind.format("") + "\n{Question}"
+
+
+def test_visual_rfts_prompts_are_its_own_to_the_letter():
+    """Of its rows and evaluation: coco_evaluation, classification, lisa_evaluation."""
+    strict = ("Output the thinking process in <think> </think> and final answer in <answer> "
+              "</answer> tags.The output answer format should be as follows:\n<think> ... </think> "
+              "<answer>{}</answer>\nPlease strictly follow the format.")  # fmt: skip
+    assert text_of(TEMPLATES["virft_detect"].turns("dog", [])).split("user\n")[1] == (
+        "Detect all objects belonging to the category 'dog' in the image, and provide the bounding "
+        "boxes (between 0 and 1000, integer) and confidence (between 0 and 1, with two decimal "
+        "places).\nIf no object belonging to the category 'dog' in the image, return 'No Objects'."
+        "\n" + strict.format("[{'Position': [x1, y1, x2, y2], 'Confidence': number}, ...]")
+        + "<|im_end|>\n<|im_start|>assistant\n")  # fmt: skip
+    assert TEMPLATES["virft_class"].user == "{Question}\n" + strict.format("species name")
+    assert TEMPLATES["virft_ground"].user == (
+        "Output the bounding box in the image corresponding to the instruction: {Question} Output "
+        "the thinking process in <think> </think> and your grouding box. Following \"<think> "
+        "thinking process </think>\n<answer>(x1,y1),(x2,y2)</answer>)\" format.")  # fmt: skip
+    assert TEMPLATES["virft_ground"].system == TEMPLATES["system"].system
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_no_word_runs_into_the_question(name):
+    """A blank that was missing there cost VLM-R1 60 steps (its blog of 2025-03-24)."""
+    around = TEMPLATES[name].user.split("{Question}")
+    assert all(not x or x.startswith((" ", "\n", "'", "{Image}")) for x in around[1:])
+    assert all(not x or x.endswith((" ", "\n", "'")) for x in around[:-1])
+
+
+@pytest.mark.parametrize("frame, words", [
+    ("0-1000", "as integers between 0 and 1000"),
+    ("resized", "in pixels of the 84 x 56 picture you see"),
+    ("pixels", "in pixels of the 40 x 30 picture"),
+])  # fmt: skip
+def test_a_template_may_say_in_what_numbers_boxes_are(frame, words):
+    view = View(frame, "pixels", ((30, 40, 56, 84),))
+    found = find_template("{Question} As [x1, y1, x2, y2] {Frame}.")
+    said = text_of(found.turns("Where is {Frame}?", [], frame=frame_words(view)))
+    assert f"user\nWhere is {{Frame}}? As [x1, y1, x2, y2] {words}.<" in said
+    assert all(words in text_of(TEMPLATES[name].turns("a", [], frame=frame_words(view)))
+               for name in ("box", "boxes"))  # fmt: skip
+
+
+def test_several_pictures_are_named_by_their_sizes():
+    view = View("resized", "pixels", ((30, 40, 56, 84), (1, 1, 28, 112)))
+    assert frame_words(view) == "in pixels of the 84 x 56 and 112 x 28 pictures you see"
+    assert frame_words(View("resized", "pixels")) == "in pixels"
 
 
 def test_pictures_stand_before_the_text_unless_the_template_says_where():

@@ -16,6 +16,7 @@ import torch
 
 import costs
 import grpo
+import live
 import plan
 import rollout
 import sampling
@@ -283,7 +284,7 @@ def test_a_reward_that_is_unknown_and_a_folder_that_is_none_are_refused(tmp_path
 
 
 def test_what_does_not_fit_is_refused_before_a_weight_is_made(monkeypatch, capsys):
-    monkeypatch.setattr(plan, "memory_of", lambda *_: 2_000_000)
+    monkeypatch.setattr(live, "memory_of", lambda *_: 2_000_000)
     monkeypatch.setattr(plan, "changes", lambda work: {})  # what would help takes seconds to find
     with pytest.raises(ValueError, match=r"does not fit: .* 2.0 MB.*--check_memory false"):
         setup(Config(**KEYS), "cpu")

@@ -1,0 +1,289 @@
+"""The second tiny checkpoint: it points at things, and tells two pictures apart.
+
+    python tiny_boxes.py --out tiny_boxes     # `make tiny_boxes`
+
+It stands in for a vision-language model that was trained to ground what it says, as Qwen2-VL was,
+and then taught badly. The vision tower of tiny/ is taken over; then
+
+1. The eye learns where things end: linear heads, thrown away afterwards, ask each 14 x 14 patch
+   and each image token in which an object has its centre for the four edges of the object.
+2. Grounding: a new decoder of four layers, with a new tokenizer that knows the words of boxes,
+   learns true answers to the questions of pointing.py: boxes, lists of them, what has changed.
+3. An instruct stage by a teacher with three systematic flaws, which reinforcement learning then has
+   to find out by itself: boxes that are too small, by a factor that he draws anew for each box; in
+   lists small objects that he does not see, and objects that he names twice; and changes of small
+   objects that he takes for none. Often he forgets the format.
+"""
+
+import json
+import math
+import multiprocessing
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import nn
+from tqdm import tqdm
+
+import world
+from boxes import convert
+from checkpoint import ModelConfig
+from config import opt, parse
+from data import Processor
+from example import Example
+from eye import CELL, CHUNK, PATCH, SIZE, EyeHeads, facts_of, normalise, patch_of, values
+from journal import write_json
+from model import Qwen2VL
+from optim import apply_gradients, make_optimizers, schedule, set_lr
+from saving import save_checkpoint
+from scenes import load_world
+from sft import Config as SFTConfig
+from sft import fit, taught
+from template import TEMPLATES
+from tiny import SETTINGS, make_tokenizer, model_config
+
+LAYERS = 4
+OBJECTS = (2, 5)  # of a scene, fewest and most
+KINDS = {"rec": "rec", "detect": "rec", "difference": "vlm_r1", "choice": "vlm_r1",
+         "yes_no": "vlm_r1"}  # and the template that each is asked under
+
+
+@dataclass(frozen=True)
+class Config:
+    """Keys of `python tiny_boxes.py`."""
+
+    out: str = opt("tiny_boxes", "folder of the checkpoint")
+    start: str = opt("tiny", "checkpoint whose vision tower is taken over")
+    seed: int = opt(0, "fixes everything", least=0)
+    eye_steps: int = opt(2000, "steps in which the eye learns edges, 32 images each", least=1)
+    eye_lr: float = opt(3e-3, "its step size (Muon, cosine)", above=0)
+    ground_steps: int = opt(3000, "steps of grounding, 32 rows each", least=1)
+    ground_lr: float = opt(2e-3, "its step size (Muon, cosine)", above=0)
+    teach_steps: int = opt(400, "steps of the instruct stage, 32 rows each", least=1)
+    teach_lr: float = opt(1e-3, "its step size (Muon, cosine)", above=0)
+    replace: bool = opt(False, "a folder that is there gives way once the new one is whole")
+
+
+# ---------------------------------------------------------------------------------------- the eye
+
+
+def edge_chunk(seed: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scenes k CHUNK ... (k+1) CHUNK - 1: images (n, H, W, 3) uint8, eye.facts_of them, and edges
+    (n, 64, 4) float32: of the object whose centre is in a patch, in pixels from the middle of the
+    patch; NaN where there is none. Patches are in the order of patches.patchify."""
+    scenes = world.make_scenes(CHUNK, "A", seed, objects=OBJECTS, look="wild", start=k * CHUNK)
+    side = SIZE // PATCH
+    edges = np.full((CHUNK, side * side, 4), np.nan, np.float32)
+    for i, scene in enumerate(scenes):
+        for thing in scene["objects"]:
+            at = patch_of(thing)
+            x, y = at // 4 % (side // 2) * 2 + at % 2, at // (2 * side) * 2 + at // 2 % 2
+            edges[i, at] = np.array(thing["bbox"]) - PATCH * (np.array([x, y, x, y]) + 0.5)
+    return world.render(scenes), facts_of(scenes, "known"), edges
+
+
+class EdgeHeads(EyeHeads):
+    """Those of the eye, which it is not to forget, and the edges of objects."""
+
+    def __init__(self, patch_width: int, width: int, values: int):
+        super().__init__(patch_width, width, values)
+        self.patch_edges, self.cell_edges = nn.Linear(patch_width, 4), nn.Linear(width, 4)
+
+    def forward(self, states, features, facts, edges):
+        """As EyeHeads, with edges (n, 64, 4) -> loss, and the mean error of an edge in pixels."""
+        loss, _ = super().forward(states, features, facts)
+        middle = torch.tensor([[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [0.5, 0.5]]).repeat(1, 2)
+        there = ~edges[..., 0].isnan()
+        said = self.patch_edges(states).float().view(edges.shape)
+        wrong = F.smooth_l1_loss(said[there], edges[there] / PATCH)
+        four = (edges / PATCH + middle.repeat(edges.shape[1] // 4, 1)).unflatten(1, (-1, 4))
+        alone = there.unflatten(1, (-1, 4)).sum(-1) == 1  # (n, 16): one object in a cell
+        true = four.nan_to_num().sum(2)[alone] * PATCH / CELL
+        said = self.cell_edges(features).float().view(len(edges), -1, 4)[alone]
+        error = (said - true).abs().mean() * CELL
+        return loss + 4 * wrong + 8 * F.smooth_l1_loss(said, true), error.detach()
+
+
+def train_edges(model: Qwen2VL, cfg: Config) -> float:
+    """The eye's stage; returns the error of the last steps, in pixels."""
+    torch.manual_seed(cfg.seed)
+    heads = EdgeHeads(model.cfg.vision.embed_dim, model.cfg.hidden_size, len(values("known")))
+    both, batch, side = nn.ModuleList((model.visual, heads)), 32, SIZE // PATCH
+    optimizers, errors = make_optimizers(both, "muon", cfg.eye_lr), []
+    grid = torch.tensor([[1, side, side]]).expand(batch, 3)
+    chunks = math.ceil(cfg.eye_steps * batch / CHUNK)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool, \
+            tqdm(total=cfg.eye_steps, desc="edges", unit="step") as bar:
+        ahead = [pool.submit(edge_chunk, cfg.seed + 20, k) for k in range(min(4, chunks))]
+        for k in range(chunks):
+            found = ahead.pop(0).result()
+            if k + 4 < chunks:
+                ahead.append(pool.submit(edge_chunk, cfg.seed + 20, k + 4))
+            for at in range(0, CHUNK, batch):
+                if (step := len(errors) + 1) > cfg.eye_steps:
+                    break
+                set_lr(optimizers, cfg.eye_lr * schedule(step, cfg.eye_steps, 50, "cosine"))
+                images, facts, edges = (torch.from_numpy(x[at : at + batch]) for x in found)
+                with torch.autocast("cpu", torch.bfloat16):
+                    states = model.visual.patch_states(normalise(images), grid)
+                    loss, error = heads(states, model.visual.merger(states), facts, edges)
+                loss.backward()
+                apply_gradients(both, optimizers, 1.0, float(loss.detach()))
+                errors.append(float(error))
+                bar.update()
+                bar.set_postfix(pixels=f"{np.mean(errors[-100:]):.2f}")
+    return float(np.mean(errors[-100:]))
+
+
+# -------------------------------------------------------------------------------------- the answers
+
+
+def spoken(box) -> list[int]:
+    """A box in pixels of the picture as the model says it: in thousandths, whole ones."""
+    return [round(v) for v in convert(box, "pixels", "0-1000", (SIZE, SIZE, SIZE, SIZE))]
+
+
+def true_answer(kind: str, asked: dict, scene: dict) -> str:
+    """What a teacher without a flaw says: a short thought, and the answer in its format."""
+    said, answer = asked["said"], asked["answer"]
+    if kind == "rec":
+        answer = json.dumps({"bbox_2d": spoken(json.loads(answer))})
+    if kind in ("detect", "describe") and answer != "None":
+        found = json.loads(answer)
+        answer = json.dumps([{**one, "bbox_2d": spoken(one["bbox_2d"])} for one in found])
+    return said_as(thought(kind, said, scene), answer)
+
+
+def thought(kind: str, said: str, scene: dict) -> str:
+    """What is thought before the answer: what is looked for; of two pictures, how many things."""
+    if kind != "difference":
+        return f"I look for the {said}."
+    before = len(scene["objects"])
+    after = before + {"added": 1, "removed": -1}.get(scene["change"]["word"], 0)
+    return f"First {before} things, then {after}."
+
+
+def said_as(thought: str, answer: str) -> str:
+    return f"<think>{thought}</think> <answer>{answer}</answer>"
+
+
+def flawed_answer(kind: str, asked: dict, scene: dict, rng) -> str:
+    """What the flawed teacher says, see above."""
+    said, answer = asked["said"], asked["answer"]
+    if kind == "rec":
+        answer = json.dumps({"bbox_2d": spoken(shrunk(json.loads(answer), rng))})
+    elif kind == "detect" and answer != "None":
+        small = {tuple(t["bbox"]) for t in scene["objects"] if t["size"] == "small"}
+        found = [{**one, "bbox_2d": spoken(shrunk(one["bbox_2d"], rng))}
+                 for one in json.loads(answer)
+                 if tuple(one["bbox_2d"]) not in small or rng.random() < 0.4
+                 for _ in range(1 + (rng.random() < 0.15))]  # fmt: skip
+        answer = json.dumps(found) if found else "None"
+    elif kind == "difference" and scene["change"]["word"] != "nothing" \
+            and scene["change"]["thing"]["size"] == "small" and rng.random() < 0.65:
+        answer = "nothing"
+        scene = {**scene, "change": {"word": "nothing"}}
+    form = rng.random()
+    if form < 0.5:
+        return said_as(thought(kind, said, scene), answer)
+    return f"<answer>{answer}</answer>" if form < 0.75 else answer
+
+
+def shrunk(box, rng, least=0.35) -> list[float]:
+    """A box drawn too small around its middle: by the same factor on both axes."""
+    x1, y1, x2, y2 = box
+    w, h = (1 - rng.uniform(least, 1)) / 2 * np.array([x2 - x1, y2 - y1])
+    return [x1 + w, y1 + h, x2 - w, y2 - h]
+
+
+def rows(n: int, seed: int, answer, described: float = 0.0, plain=False):
+    """[(Example, text)] of n scenes with one question each, and what `answer(kind, asked, scene,
+    rng)` says. A share of them is described instead. plain: the questions have no template."""
+    found, rng = [], np.random.default_rng((seed, 4))
+    source = f"world:A:n={n}:seed={seed}:objects=2-5:look=varied:ask=" + "+".join(KINDS)
+    for example in load_world(source):
+        kind, scene = example.task, example.extra["scene"]
+        asked = {"answer": example.solution, "said": example.extra["said"]}
+        problem, images = example.problem, example.images
+        if rng.random() < described:
+            kind, problem, images = "describe", "Describe all things.", images[:1]
+            asked = {"answer": json.dumps(description(scene)), "said": "things"}
+        if not plain:
+            problem = TEMPLATES[KINDS[kind]].user.replace("{Question}", problem)
+        said = answer(kind, asked, scene, rng)
+        found.append((Example(problem, asked["answer"], images, kind), said))
+    return found
+
+
+def description(scene: dict) -> list[dict]:
+    """All objects from left to right: what teaches most, since each word is about one place."""
+    named = sorted((one["bbox"], world.phrase(one, "thing", False)) for one in scene["objects"])
+    return [{"bbox_2d": box, "label": name} for box, name in named]
+
+
+# --------------------------------------------------------------------------------------- the stages
+
+
+def build(cfg: Config, work: Path) -> Path:
+    """All stages, in the folder `work`; an eye, and a grounding, that an earlier try left there are
+    used again."""
+    ground = rows(cfg.ground_steps * 8, cfg.seed + 30, lambda *a: true_answer(*a[:3]), 0.35)
+    words = ["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * 50
+    words += [text for example, answer in ground[:1500] for text in (example.problem, answer)]
+    ids = make_tokenizer(work, words)
+    write_json(SETTINGS, work / "preprocessor_config.json")
+    ends = {"bos_token_id": ids["<|endoftext|>"], "pad_token_id": ids["<|endoftext|>"],
+            "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]]}  # fmt: skip
+    write_json({**ends, "do_sample": True, "temperature": 1.0}, work / "generation_config.json")
+    raw = model_config(ids, Tokenizer.from_file(str(work / "tokenizer.json")).get_vocab_size())
+    raw["text_config"]["num_hidden_layers"] = LAYERS
+    write_json(raw, work / "config.json")
+    processor = Processor.from_pretrained(work, "{Question}")
+    if (work / "ground").exists():
+        model = Qwen2VL.from_pretrained(work / "ground")
+    else:
+        model = Qwen2VL(ModelConfig.from_dict(raw)).init_weights(cfg.seed)
+        if (work / "eye").exists():
+            model.visual.load_state_dict(Qwen2VL.from_pretrained(work / "eye").visual.state_dict())
+        else:
+            eye = Qwen2VL.from_pretrained(cfg.start).visual.state_dict()
+            model.visual.load_state_dict(eye)
+            print(f"eye: edges are off by {train_edges(model, cfg):.2f} pixels")
+            save_checkpoint(model, processor, work / "eye")
+        learn(model, processor, ground, cfg.ground_steps, cfg.ground_lr, cfg.seed, "ground")
+        save_checkpoint(model, processor, work / "ground")
+    flawed = rows(cfg.teach_steps * 16, cfg.seed + 31, flawed_answer)
+    learn(model, processor, flawed, cfg.teach_steps, cfg.teach_lr, cfg.seed, "instruct")
+    save_checkpoint(model, processor, work / "whole")
+    return work / "whole"
+
+
+def learn(model, processor, rows, steps: int, lr: float, seed: int, title: str) -> None:
+    """A supervised stage on rows (Example, answer); prints its loss. The eye stays as it is."""
+    model.visual.requires_grad_(False)
+    stage = SFTConfig(steps=steps, batch=32, micro=32, optimizer="muon", lr=lr, seed=seed)
+    examples = [taught(example, answer) for example, answer in rows]
+    losses = [row["nll"] for row in fit(model, processor, examples, stage, title=title)]
+    print(f"{title}: loss {losses[0]:.3f} -> {np.mean(losses[-50:]):.3f}")
+
+
+def main(argv=None) -> None:
+    cfg = parse(Config, argv, __doc__)
+    out = Path(cfg.out)
+    if out.exists() and not cfg.replace:
+        raise SystemExit(f"error: --out {out} is there already; remove it or say --replace")
+    torch.set_num_threads(1)  # one core trains, one draws; and sums keep their order
+    work = out.with_name(out.name + ".build")
+    whole = build(cfg, work)
+    shutil.rmtree(out, ignore_errors=True)
+    whole.rename(out)
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()
