@@ -10,11 +10,10 @@ brought to pixels of the file first. An area is width times height, nothing is i
 adds a pixel in one place and not in the other, and gives 0 to two equal boxes one pixel wide.
 
 Below are the rewards of boxes, in [0, 1] and never raising, for the one answer that a text commits
-to (rewards.final_answer). One that cannot be read as boxes has 0. No object: 1 where neither gold
-nor answer has one, 0 where one of the two has. What is no box (NaN, infinite, negative, beyond a
-million, x2 <= x1, a confidence outside [0, 1]) lies nowhere: it is wrong, and it counts. Labels are
-compared but for case; one that no gold has is wrong, too, where VLM-R1 drops it. A gold without
-labels asks for none.
+to. One that cannot be read as boxes has 0. No object: 1 where neither gold nor answer has one, 0
+where one of the two has. What is no box (NaN, infinite, negative, beyond a million, x2 <= x1, a
+confidence outside [0, 1]) lies nowhere: it is wrong, and it counts. Labels are compared but for
+case; one that no gold has is wrong, where VLM-R1 drops it. A gold without labels asks for none.
 """
 
 import contextlib
@@ -113,6 +112,7 @@ def respoken(text: str, example) -> str:
     def in_frame(found):
         numbers = [float(n) for n in found.groups() if n is not None]
         a, b, c, d = (round(n) for n in convert(numbers, view.gold, view.frame, size))
+        c, d = max(c, a + 1), max(d, b + 1)  # no box without area
         return f"[{a}, {b}, {c}, {d}]" if found[0][0] == "[" else f"({a},{b}),({c},{d})"
 
     return PLACES.sub(in_frame, text)

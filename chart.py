@@ -16,7 +16,7 @@ import numpy as np
 W, H, LEFT, RIGHT, TOP, BOTTOM = 320, 150, 44, 308, 10, 126  # a chart and its frame, in pixels
 # Control characters, those that turn the direction of a line, and halves of surrogate pairs.
 HIDDEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-FAMILY = re.compile("^(?:eval/[^/]*/(?=.)|[^/(]*/)")  # of a metric's name; what follows is shown
+FAMILY = re.compile("^(?:eval/[^/]*/|[^/(]*/)")  # of a metric's name; what follows is shown
 
 
 class Curve(NamedTuple):

@@ -57,7 +57,8 @@ class Config:
     """Every key of a run. Defaults are R1-V's where it has one."""
 
     model: str = opt("tiny", "checkpoint to start from: folder, run, or hub id")
-    data: str = opt("world:A:n=6400", "rows to train on: world:…, a file, a folder, a hub id")
+    data: str = opt("world:A:n=6400", "rows to train on: world:…, a file, a folder, a hub id; "
+                    "several are joined by ' + ', see rows.py")
     images: str | None = opt(None, "folder of the images; default: beside the data")
     bad_rows: str = opt("refuse", "or skip: leave them out", choices=("refuse", "skip"))
     template: str = opt("r1v", "prompt template by name, or a text that holds {Question}")
@@ -309,7 +310,7 @@ def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNames
         processor = Processor.from_pretrained(start, cfg.template, cfg.min_pixels, cfg.max_pixels,
                                               cfg.system, cfg.frame, cfg.gold_frame)
         loaded = load_examples(cfg.data, cfg.images, "train", bad_rows=cfg.bad_rows)
-        evals = load_evals(cfg.evals)
+        evals = load_evals(cfg.evals, cfg.scorer)
         rows = fitting(rewards, loaded, cfg.bad_rows)
         rows = without_long(rows, processor.length, "max_prompt", cfg.max_prompt, cfg.bad_rows)
         needs = memory_plan(cfg, start, processor, rows, evals)

@@ -3,7 +3,7 @@
     runs/NAME/
       config.json     every key, after recipe and command line (resume.py)
       metrics.jsonl   a line per step
-      rollouts.jsonl  samples: prompt, pictures, completions with their rewards and advantages
+      rollouts.jsonl  samples: prompt, pictures, completions with rewards, advantages and boxes
       probes.jsonl    the same held-out questions, answered greedily as training goes
       images/         the pictures of both
       eval/           answers of the evaluations before and after

@@ -57,7 +57,7 @@ class Config:
     """Every key of a supervised run."""
 
     model: str = opt("tiny", "checkpoint to start from: folder, run, or hub id")
-    data: str = opt("", "rows to learn: file, folder or hub id, see rows.py")
+    data: str = opt("", "rows to learn: file, folder or hub id; several joined by ' + '")
     images: str | None = opt(None, "folder of the images; default: beside the data")
     bad_rows: str = opt("refuse", "or skip: leave them out", choices=("refuse", "skip"))
     template: str = opt("r1v", "prompt template by name, or a text that holds {Question}")
@@ -267,7 +267,7 @@ def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNames
                                               cfg.system, cfg.frame, cfg.gold_frame)
         loaded = load_examples(cfg.data, cfg.images, "train", bad_rows=cfg.bad_rows)
         held_out = load_examples(cfg.held_out, cfg.images, "val") if cfg.held_out else ()
-        evals = load_evals(cfg.evals)
+        evals = load_evals(cfg.evals, cfg.scorer)
 
         def length(example: Example) -> int:
             return processor.length(example) + len(target_ids(processor, completion_of(example)))

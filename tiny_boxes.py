@@ -36,7 +36,7 @@ from checkpoint import ModelConfig
 from config import opt, parse
 from data import Processor
 from example import Example
-from eye import CELL, CHUNK, PATCH, SIZE, EyeHeads, facts_of, normalise, patch_of, values
+from eye import CHUNK, PATCH, SIZE, EyeHeads, facts_of, normalise, patch_of, values
 from journal import write_json
 from model import Qwen2VL
 from optim import apply_gradients, make_optimizers, schedule, set_lr
@@ -74,39 +74,37 @@ class Config:
 
 def edge_chunk(seed: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scenes k CHUNK ... (k+1) CHUNK - 1: images (n, H, W, 3) uint8, eye.facts_of them, and edges
-    (n, 64, 4) float32: of the object whose centre is in a patch, in pixels from the middle of the
-    patch; NaN where there is none. Patches are in the order of patches.patchify."""
+    (n, 64, 4) float32: the box of the object whose centre is in a patch, in pixels of the picture;
+    NaN where there is none. Patches are in the order of patches.patchify."""
     scenes = world.make_scenes(CHUNK, "A", seed, objects=OBJECTS, look="wild", start=k * CHUNK)
-    side = SIZE // PATCH
-    edges = np.full((CHUNK, side * side, 4), np.nan, np.float32)
+    edges = np.full((CHUNK, (SIZE // PATCH) ** 2, 4), np.nan, np.float32)
     for i, scene in enumerate(scenes):
         for thing in scene["objects"]:
-            at = patch_of(thing)
-            x, y = at // 4 % (side // 2) * 2 + at % 2, at // (2 * side) * 2 + at // 2 % 2
-            edges[i, at] = np.array(thing["bbox"]) - PATCH * (np.array([x, y, x, y]) + 0.5)
+            edges[i, patch_of(thing)] = thing["bbox"]
     return world.render(scenes), facts_of(scenes, "known"), edges
 
 
 class EdgeHeads(EyeHeads):
-    """Those of the eye, which it is not to forget, and the edges of objects."""
+    """Those of the eye, which it is not to forget, and the edges of objects. These are asked for
+    in the whole picture: rotary positions tell attention where a token is, but not the decoder
+    that reads a number off it."""
 
     def __init__(self, patch_width: int, width: int, values: int):
         super().__init__(patch_width, width, values)
         self.patch_edges, self.cell_edges = nn.Linear(patch_width, 4), nn.Linear(width, 4)
 
     def forward(self, states, features, facts, edges):
-        """As EyeHeads, with edges (n, 64, 4) -> loss, and the mean error of an edge in pixels."""
+        """As EyeHeads, with edges (n, 64, 4) -> loss, and the mean error of an edge in pixels, said
+        by image tokens (of 4 patches) that have one object."""
         loss, _ = super().forward(states, features, facts)
-        middle = torch.tensor([[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [0.5, 0.5]]).repeat(1, 2)
-        there = ~edges[..., 0].isnan()
+        there, edges = ~edges[..., 0].isnan(), edges.nan_to_num() / SIZE
         said = self.patch_edges(states).float().view(edges.shape)
-        wrong = F.smooth_l1_loss(said[there], edges[there] / PATCH)
-        four = (edges / PATCH + middle.repeat(edges.shape[1] // 4, 1)).unflatten(1, (-1, 4))
-        alone = there.unflatten(1, (-1, 4)).sum(-1) == 1  # (n, 16): one object in a cell
-        true = four.nan_to_num().sum(2)[alone] * PATCH / CELL
+        wrong = F.smooth_l1_loss(said[there], edges[there], beta=0.05)
+        alone = there.unflatten(1, (-1, 4)).sum(-1) == 1  # (n, 16)
+        true = edges.unflatten(1, (-1, 4)).sum(2)[alone]
         said = self.cell_edges(features).float().view(len(edges), -1, 4)[alone]
-        error = (said - true).abs().mean() * CELL
-        return loss + 4 * wrong + 8 * F.smooth_l1_loss(said, true), error.detach()
+        error = (said - true).abs().mean() * SIZE
+        return loss + 20 * (wrong + F.smooth_l1_loss(said, true, beta=0.05)), error.detach()
 
 
 def train_edges(model: Qwen2VL, cfg: Config) -> float:

@@ -1026,6 +1026,18 @@ def test_another_seed_gives_another_run(finished, run_keys, tmp_path):
     assert one["reward"] != other["reward"]
 
 
+def test_without_beta_no_reference_is_loaded(run_keys, tmp_path, monkeypatch):
+    loads, load = [], Qwen2VL.from_pretrained.__func__
+    monkeypatch.setattr(Qwen2VL, "from_pretrained",
+                        classmethod(lambda cls, *a, **k: loads.append(a) or load(cls, *a, **k)))
+    changes = {"steps": 1, "evals": (), "probes": 0}
+    for beta, models in ((0.0, 1), (0.1, 2)):
+        loads.clear()
+        out = str(tmp_path / str(beta))
+        train(Config(**{**run_keys, **changes, "beta": beta}, out=out))
+        assert len(loads) == models
+
+
 def test_a_run_goes_on_from_the_newest_checkpoint_of_another(finished, run_keys, tmp_path):
     """And saves every save_every steps. So early in so long a warm-up it stays where it was."""
     changes = {"model": str(finished[0]), "warmup": 10**9, "evals": (), "save_every": 1}

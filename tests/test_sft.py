@@ -5,6 +5,7 @@ Everything runs on a random checkpoint that transformers wrote (tests/tiny_check
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,14 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
+import lora
 import sft
+from boxes import View
 from checkpoint import hub_name
 from data import Processor
 from example import Example
 from journal import newest_checkpoint
-from model import Qwen2VL
+from model import Qwen2VL, VisionTower
 from optim import draw_rows
 from rollout import sample
 from sft import (
@@ -121,6 +124,19 @@ def test_what_a_row_says_in_full_is_learnt_to_the_letter():
 
 
 # ---------------------------------------------------------------------------------------- the loss
+
+
+def test_boxes_are_learnt_in_the_frame_that_the_model_speaks():
+    """Of a picture 200 wide and 100 high, in thousandths. A chat is learnt to the letter, and what
+    is no box stays."""
+    view = View("0-1000", "pixels", ((100, 200, 112, 196),))
+    rec = Example("Where?", "[20, 10, 100, 60]", view=view)
+    assert completion_of(rec) == "[100, 100, 500, 600]"
+    assert completion_of(replace(rec, view=None)) == "[20, 10, 100, 60]"
+    thought = replace(rec, extra={"thinking": "<think> left </think>"})
+    assert completion_of(thought) == "<think> left </think>\n\n[100, 100, 500, 600]"
+    assert completion_of(taught(rec, "[1, 2, 3, 4]")) == "[1, 2, 3, 4]"
+    assert completion_of(replace(rec, solution="3 of [1, 2]")) == "3 of [1, 2]"
 
 
 def test_a_target_ends_with_the_end_of_turn(processor):
@@ -319,6 +335,29 @@ def test_a_run_learns_measures_and_leaves_a_checkpoint(folder, data, tmp_path):
     row = Example("How many?", "3", (str(data.parent / "3.png"),))
     out = sample(Qwen2VL.from_pretrained(last), again, [again.prompt(row)], 1, 40, temperature=0)
     assert out.texts == [["<think> 3 </think>\n\n<answer> 3 </answer>"]]
+
+
+def test_lora_learns_beside_frozen_weights_whose_tower_runs_without_graph(
+    folder, data, tmp_path, monkeypatch
+):
+    """And --freeze: what comes out of the tower asks for no gradient. The checkpoint has factors
+    alone, and its answers are those of the run."""
+    seen, run = [], VisionTower.patch_states
+    monkeypatch.setattr(VisionTower, "patch_states",
+                        lambda *a: seen.append(run(*a)) or seen[-1])
+    losses = {}
+    for name, keys in (("lora", {"lora": 4}), ("frozen", {"freeze": ("vision",)})):
+        cfg = sft.Config(model=str(folder), data=str(data), out=str(tmp_path / name), steps=8,
+                         batch=2, micro=1, lr=2e-2, template="{Question}", probes=0, **keys)
+        losses[name] = sft.train(cfg)["nll"]
+        rows = [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert rows[-1]["nll"] < 0.8 * rows[0]["nll"] and rows[0]["grad_norm/vision"] == 0
+        assert (rows[0]["grad_norm/merger"] > 0) == (name == "frozen")
+    assert seen and not any(x.requires_grad for x in seen)
+    step = tmp_path / "lora" / "step_000008"
+    start, end = (Qwen2VL.from_pretrained(x).state_dict() for x in (folder, step))
+    moved = {lora.part_of(k) for k in start if not torch.equal(start[k], end[k])}
+    assert moved == {"language"} and not (step / "model.safetensors").exists()
 
 
 def test_recomputing_blocks_changes_nothing_but_memory(folder, data, tmp_path):
