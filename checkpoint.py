@@ -24,7 +24,7 @@ from hub import is_hub_id, snapshot
 
 # Files of a hub repository that make a checkpoint; its root's weights only, since some repositories
 # keep those of earlier steps in folders.
-FILES = ("*.json", "*.txt", "*.jinja", "model*.safetensors")
+FILES = ("*.json", "*.txt", "*.jinja", "model*.safetensors", "adapter_model.safetensors")
 
 # ---------------------------------------------------------------------------------------- config
 

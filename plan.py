@@ -85,7 +85,8 @@ class Work:
     @property
     def rows(self) -> int:
         """Prompts of a micro-batch, all as long as the longest."""
-        row = self.tokens + self.group * self.max_new + 0.4 * self.patches
+        looked = 0 if self.learns.looks_once else 0.4 * self.patches  # as deal.cost counts
+        row = self.tokens + self.group * self.max_new + looked
         return max(1, int(min(self.micro, self.own, (self.micro_tokens or math.inf) / row)))
 
 

@@ -125,11 +125,14 @@ KINDS = {kind.__name__: kind for kind in (rec, detect, choice, yes_no, differenc
 
 def changed(scene, rng):
     """The scene with an object added, removed or moved, or nothing: (before, after), both seen by
-    one camera; before["change"] says the word and what it happened to. Each word is as likely."""
+    one camera; before["change"] says the word and what it happened to. Each word is as likely; but
+    a lonely object only moves, or does not."""
     word, things, size = pick(CHANGES, rng), scene["objects"], tuple(scene["size"])
     eye, k = scene["camera"]["eye"], int(rng.integers(len(things)))
     axes = draw.level_axes(np.array(eye))
     new = dict(things[k])
+    if len(things) == 1 and word in ("added", "removed"):  # one picture would be empty
+        word = "moved"
     if word == "moved":
         spot = free_spot(things, k, axes, rng)
         word = "nothing" if spot is None else word

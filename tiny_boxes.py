@@ -48,7 +48,7 @@ from template import TEMPLATES
 from tiny import SETTINGS, make_tokenizer, model_config
 
 LAYERS = 4
-OBJECTS = (2, 5)  # of a scene, fewest and most
+OBJECTS = (1, 4)  # of a scene, fewest and most
 KINDS = {"rec": "rec", "detect": "rec", "difference": "vlm_r1", "choice": "vlm_r1",
          "yes_no": "vlm_r1"}  # and the template that each is asked under
 
@@ -60,10 +60,10 @@ class Config:
     out: str = opt("tiny_boxes", "folder of the checkpoint")
     start: str = opt("tiny", "checkpoint whose vision tower is taken over")
     seed: int = opt(0, "fixes everything", least=0)
-    eye_steps: int = opt(2000, "steps in which the eye learns edges, 32 images each", least=1)
+    eye_steps: int = opt(1500, "steps in which the eye learns edges, 32 images each", least=1)
     eye_lr: float = opt(3e-3, "its step size (Muon, cosine)", above=0)
-    ground_steps: int = opt(3000, "steps of grounding, 32 rows each", least=1)
-    ground_lr: float = opt(2e-3, "its step size (Muon, cosine)", above=0)
+    ground_steps: int = opt(1500, "steps of grounding, 32 rows each", least=1)
+    ground_lr: float = opt(3e-3, "its step size (Muon, cosine)", above=0)
     teach_steps: int = opt(400, "steps of the instruct stage, 32 rows each", least=1)
     teach_lr: float = opt(1e-3, "its step size (Muon, cosine)", above=0)
     replace: bool = opt(False, "a folder that is there gives way once the new one is whole")
@@ -203,7 +203,7 @@ def rows(n: int, seed: int, answer, described: float = 0.0, plain=False):
     """[(Example, text)] of n scenes with one question each, and what `answer(kind, asked, scene,
     rng)` says. A share of them is described instead. plain: the questions have no template."""
     found, rng = [], np.random.default_rng((seed, 4))
-    source = f"world:A:n={n}:seed={seed}:objects=2-5:look=varied:ask=" + "+".join(KINDS)
+    source = f"world:A:n={n}:seed={seed}:objects=1-4:look=varied:ask=" + "+".join(KINDS)
     for example in load_world(source):
         kind, scene = example.task, example.extra["scene"]
         asked = {"answer": example.solution, "said": example.extra["said"]}
@@ -230,9 +230,10 @@ def description(scene: dict) -> list[dict]:
 def build(cfg: Config, work: Path) -> Path:
     """All stages, in the folder `work`; an eye, and a grounding, that an earlier try left there are
     used again."""
-    ground = rows(cfg.ground_steps * 8, cfg.seed + 30, lambda *a: true_answer(*a[:3]), 0.35)
+    ground = rows(cfg.ground_steps * 8, cfg.seed + 30, lambda *a: true_answer(*a[:3]), 0.4, True)
     words = ["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * 50
     words += [text for example, answer in ground[:1500] for text in (example.problem, answer)]
+    words += [TEMPLATES[name].user for name in KINDS.values()] * 50
     ids = make_tokenizer(work, words)
     write_json(SETTINGS, work / "preprocessor_config.json")
     ends = {"bos_token_id": ids["<|endoftext|>"], "pad_token_id": ids["<|endoftext|>"],
@@ -264,7 +265,7 @@ def build(cfg: Config, work: Path) -> Path:
 def learn(model, processor, rows, steps: int, lr: float, seed: int, title: str) -> None:
     """A supervised stage on rows (Example, answer); prints its loss. The eye stays as it is."""
     model.visual.requires_grad_(False)
-    stage = SFTConfig(steps=steps, batch=32, micro=32, optimizer="muon", lr=lr, seed=seed)
+    stage = SFTConfig(steps=steps, batch=32, micro=8, optimizer="muon", lr=lr, seed=seed)
     examples = [taught(example, answer) for example, answer in rows]
     losses = [row["nll"] for row in fit(model, processor, examples, stage, title=title)]
     print(f"{title}: loss {losses[0]:.3f} -> {np.mean(losses[-50:]):.3f}")

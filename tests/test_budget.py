@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A file imports only files that stand above it.
 ORDER = [
     "config", "hub", "worker", "verify", "own", "rewards", "boxes", "grading", "template", "draw",
-    "world", "pointing", "images", "example", "checkpoint", "attention", "model", "lora", "live",
-    "parallel", "optim", "shards", "scenes", "rows", "boxscores", "scorers", "patches", "data",
+    "world", "pointing", "images", "example", "checkpoint", "adapter", "attention", "model", "lora",
+    "live", "parallel", "optim", "shards", "scenes", "rows", "boxscores", "scorers", "patches", "data",
     "ahead", "sampling", "rollout", "deal", "plan", "tally", "journal", "saving", "resume",
     "trackers", "advice", "kept", "evaluate", "chart", "overlay", "report", "logbook", "grpo",
     "sft", "chat", "describe", "traces", "pack", "distill", "eye", "tiny", "tiny_boxes", "controls",
@@ -30,10 +30,10 @@ GROUPS = {
         "attention", "model", "parallel", "optim", "patches", "data", "sampling", "rollout",
         "deal", "tally", "grpo",
     )),
-    "boxes, rewards with arguments, adapters": (1100, (
-        "own", "boxes", "grading", "lora", "boxscores", "overlay",
+    "boxes, rewards with arguments, adapters": (1300, (
+        "own", "boxes", "grading", "adapter", "lora", "boxscores", "overlay",
     )),
-    "data sets and evaluation": (1000, (
+    "data sets and evaluation": (1100, (
         "hub", "shards", "rows", "ahead", "scorers", "kept", "evaluate",
     )),
     "a run that survives, and tells what happens": (1700, (

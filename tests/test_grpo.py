@@ -21,6 +21,7 @@ from tiny_checkpoint import make_checkpoint, picture
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 
+import grpo
 import lora
 from ahead import Ahead
 from checkpoint import hub_name
@@ -47,6 +48,7 @@ from model import Qwen2VL, VisionTower
 from optim import draw_rows, make_optimizers
 from rollout import Rollout, as_rollout, look, score
 from rows import Example
+from tally import reward_table
 
 NAN = math.nan
 
@@ -1094,6 +1096,25 @@ def test_a_prompt_that_is_too_long_is_refused_at_the_start(run_keys, tmp_path):
     with pytest.raises(SystemExit, match=r"error: .* rows have more than 5 tokens.*:1 with \d+"):
         train(cfg)
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_the_rewards_cannot_score_are_refused_at_the_start(run_keys, tmp_path):
+    cfg = Config(**{**run_keys, "rewards": ("iou",), "reward_weights": ()}, out=f"{tmp_path}/run")
+    with pytest.raises(SystemExit, match="error: 6 of 6 rows do not fit the rewards"):
+        train(cfg)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_frames_of_a_run_reach_its_rewards(run_keys, tmp_path, monkeypatch):
+    """Of the model and of the rows: what processor.prompt tells."""
+    seen = []
+    monkeypatch.setattr(grpo, "reward_table",
+                        lambda rollout, rewards: seen.extend(p.example.view for p in
+                                                             rollout.prompts)
+                        or reward_table(rollout, rewards))  # fmt: skip
+    changes = {"frame": "resized", "gold_frame": "0-1000", "steps": 1, "evals": (), "probes": 0}
+    train(Config(**{**run_keys, **changes}, out=str(tmp_path / "run")))
+    assert {(view.frame, view.gold) for view in seen} == {("resized", "0-1000")}
 
 
 def test_the_defaults_and_several_evals_are_accepted():

@@ -138,7 +138,7 @@ def start():
 def scored(start, kind, template, scorer, n=60):
     """(share of right greedy answers, mean of the scorer's value) on held-out scenes."""
     processor = Processor.from_pretrained(FOLDER, template)
-    examples = load_world(f"world:A:n={n}:objects=2-5:ask={kind}:part=test")
+    examples = load_world(f"world:A:n={n}:objects=2-4:ask={kind}:part=test")
     found = evaluate(start, processor, examples, max_new=192, scorer=scorer)
     return found
 
