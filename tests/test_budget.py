@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     "config", "hub", "worker", "verify", "own", "rewards", "boxes", "grading", "template", "draw",
     "world", "pointing", "images", "example", "checkpoint", "adapter", "attention", "model", "lora",
-    "live", "parallel", "optim", "shards", "scenes", "rows", "boxscores", "scorers", "patches", "data",
-    "ahead", "sampling", "rollout", "deal", "plan", "tally", "journal", "saving", "resume",
+    "live", "parallel", "optim", "shards", "scenes", "rows", "boxscores", "scorers", "patches",
+    "data", "ahead", "sampling", "rollout", "deal", "plan", "tally", "journal", "saving", "resume",
     "trackers", "advice", "kept", "evaluate", "chart", "overlay", "report", "logbook", "grpo",
     "sft", "chat", "describe", "traces", "pack", "distill", "eye", "tiny", "tiny_boxes", "controls",
     "paper", "vlmr1", "costs", "scaling", "machine", "standin", "workload", "rivals", "bench",
