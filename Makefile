@@ -20,7 +20,7 @@ RUN := $(PY) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --nproc_per_n
 ROWS = $(if $(DATA),--data "$(DATA)") $(if $(IMAGES),--images "$(IMAGES)")
 SOURCES = $(if $(MODEL),--model "$(MODEL)") $(ROWS)
 
-.PHONY: help train sft distill eval test test-all bench tiny controls paper pictures clean .venv
+.PHONY: help train sft distill eval test test-all bench tiny tiny_boxes controls paper vlmr1 pictures clean .venv
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -58,16 +58,23 @@ bench: $(READY) $(if $(PEERS),.venv-peers/ready)  ## a step's seconds beside a n
 tiny: $(READY)  ## build the tiny checkpoint anew, from nothing, into tiny/ (about 35 minutes)
 	$(PY) tiny.py --out tiny --replace
 
+tiny_boxes: $(READY)  ## build the second one, which points at things, into tiny_boxes/ (about 25 minutes)
+	$(PY) tiny_boxes.py --out tiny_boxes --replace
+
 controls: $(READY)  ## the control runs of README's picture: more flawed SFT, clean SFT, format only
 	$(PY) controls.py $(ARGS)
 
 paper: $(READY)  ## R1-V's claims in miniature: SFT on answers, on thoughts, and GRPO (14 minutes a seed)
 	$(PY) paper.py $(ARGS)
 
+vlmr1: $(READY)  ## VLM-R1's claims in miniature: boxes by GRPO and by SFT, detection with and without a penalty
+	$(PY) vlmr1.py $(ARGS)
+
 pictures: $(READY)  ## README's pictures, from the world and from bench/controls.json
 	$(PY) world.py --sheet docs/worlds.png
 	$(PY) controls.py --plot_only
 	$(PY) paper.py --plot_only
+	$(PY) vlmr1.py --plot_only
 
 .venv: $(READY)  ## only install
 $(VENV)/ready: requirements.txt

@@ -81,8 +81,9 @@ def train(task: str, method: str, seed: int) -> dict:
         found["curve"] = [{key: row.get(key) for key in CURVES} for row in rows]
     else:
         model, processor = learn(run, true_box, out)
-        found = {"after": evaluate_all(model, processor, load_evals(run.evals), run.max_new, out,
-                                       "after", run.scorer)}  # fmt: skip
+        evals = load_evals(run.evals, run.scorer)
+        found = {"after": evaluate_all(model, processor, evals, run.max_new, out, "after",
+                                       run.scorer)}  # fmt: skip
     kept = {key: found[key] for key in ("before", "after", "curve") if key in found}
     return {**kept, "seconds": round(time.perf_counter() - begin, 1)}
 
