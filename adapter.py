@@ -51,7 +51,9 @@ def read_weights(folder: Path, wanted: dict[str, Tensor], tied: bool, dtype, dev
     while is_adapter(base):
         scale = scale_of(base)
         for layer, (A, B) in read_factors(base).items():
-            shape = tuple(wanted[f"{layer}.weight"].shape) if f"{layer}.weight" in wanted else None
+            weight = wanted.get(f"{layer}.weight")
+            tied_head = tied and layer == "lm_head"  # which is the embedding: it cannot differ
+            shape = None if weight is None or tied_head else tuple(weight.shape)
             if shape != (len(B), A.shape[1]):
                 raise ValueError(f"{base}/{WEIGHTS}: {layer} is {(len(B), A.shape[1])} there, and "
                                  f"{shape or 'no layer'} in the model")

@@ -157,7 +157,7 @@ def to_box(item) -> Box:
     named = {key.casefold(): value for key, value in item.items()}
     box, label, score = (next((named[key] for key in keys if key in named), missing)
                          for keys, missing in KEYS)  # fmt: skip
-    return valid(box, plain(label) if isinstance(label, str) else "", score)
+    return valid(box, plain(str(label)) if isinstance(label, str | int) else "", score)
 
 
 def valid(box, label: str = "", score=1.0) -> Box:

@@ -28,6 +28,7 @@ from config import opt, parse, read
 from data import Processor
 from evaluate import evaluate_all, load_evals
 from journal import write_json
+from lora import Learns, set_learning
 from model import Qwen2VL
 from rows import load_examples
 from saving import save_checkpoint
@@ -55,6 +56,7 @@ def learn(run: grpo.Config, teach, out: Path) -> tuple[Qwen2VL, Processor]:
     """SFT of the start on the rows of the run, one pass with its prompt, steps and optimizer; the
     checkpoint goes to `out`. teach(example) is the text to learn."""
     model = Qwen2VL.from_pretrained(run.model, device=parallel.start())
+    set_learning(model, Learns(freeze=run.freeze))
     processor = Processor.from_pretrained(run.model, run.template)
     examples = load_examples(run.data, run.images, part="train")
     rows = [taught(example, teach(example)) for example in examples]

@@ -17,6 +17,7 @@ loads no model; its last line is JSON, in percent.
 """
 
 import json
+import os
 import sys
 from contextlib import closing
 from dataclasses import dataclass, fields
@@ -201,7 +202,7 @@ def check_out(out: str, *inputs: str | None) -> None:
     for folder in path.parents:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--out {out}: {folder} is a file, not a folder")
-    for name in (name for name in inputs if name and Path(name).exists()):
+    for name in (name for name in inputs if name and os.path.exists(name)):
         if any(taken.exists() and taken.samefile(name) for taken in (path, part)):
             raise ValueError(f"--out {out}: {name} would be overwritten; give another --out")
 

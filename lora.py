@@ -67,6 +67,8 @@ class Learns:
         if not cfg.lora and any(idle):
             raise ValueError("lora_alpha, lora_dropout, lora_targets, lora_vision: need --lora, "
                              "the rank, above 0")
+        if cfg.lora_vision and {"vision", "merger"} <= {*cfg.freeze}:
+            raise ValueError("lora_vision: both parts of vision are in freeze, so none has one")
         if not found.parts:
             more = "; with lora a part that is frozen has no adapter, either" * bool(cfg.lora)
             raise ValueError(f"freeze {', '.join(cfg.freeze)}: nothing is left to learn{more}")
@@ -170,7 +172,7 @@ def adapter_off(model):
 def seed_dropout(model, seed: int, step: int, process: int = 0) -> None:
     """Fixes what dropout draws in the update of a step, if there is any: by these numbers alone."""
     if any(layer.dropout for layer in adapted(model)[:1]):
-        torch.manual_seed((seed * 1_000_003 + step) * 65_537 + process)
+        torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + process) % 2**64)
 
 
 def merged(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -197,7 +199,7 @@ def load(learns: Learns, start, saved=None, seed=0, device="cpu", shard=None) ->
 
     if not learns.rank:
         return Qwen2VL.from_pretrained(saved or start, device=device, shard=shaped)
-    base = checkpoint_folder(start)
+    base = adapter.base_of(Path(saved)) if saved else checkpoint_folder(start)
     model = Qwen2VL.from_pretrained(base, device=device, shard=shaped)
     wanted = {name: p for name, p in model.state_dict().items() if is_factor(name)}
     found = saved_factors(saved, wanted) if saved else new_factors(wanted, seed)
@@ -220,7 +222,7 @@ def reference(policy: Qwen2VL, start, bf16: bool, device: str, shard) -> Qwen2VL
 
 def new_factors(wanted: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     """A uniform in +-1/sqrt(in), B zero, of these shapes; the seed fixes them."""
-    gen, found = torch.Generator().manual_seed(seed), {}
+    gen, found = torch.Generator().manual_seed(seed % 2**64), {}
     for name, weight in wanted.items():
         found[name] = torch.zeros(weight.shape)
         if name.endswith("A"):

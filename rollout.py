@@ -87,12 +87,12 @@ def look(model: Qwen2VL, prompts: list[Prompt]) -> list[Prompt]:
     for, dealt out, learnt and given to the reference without the tower. The merger, which may
     learn, comes after."""
     batch, sizes = collate(prompts), [len(p.patches) for p in prompts]
-    states = torch.empty(0, model.cfg.vision.embed_dim)
+    states = half(torch.empty(0, model.cfg.vision.embed_dim, device=model.device))
     if len(batch.grid):
         patches, grid = batch.patches.to(model.device), batch.grid.to(model.device)
-        states = model.visual.patch_states(patches, grid).cpu()
+        states = model.visual.patch_states(patches, grid)
     return [replace(p, patches=p.patches.new_empty(0, p.patches.shape[1]), states=x.clone())
-            for p, x in zip(prompts, states.split(sizes))]  # fmt: skip
+            for p, x in zip(prompts, states.cpu().split(sizes))]  # fmt: skip
 
 
 TENSORS = ("ids", "lengths", "logp", "finished")

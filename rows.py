@@ -65,7 +65,8 @@ def load_examples(
     if bad_rows not in ("refuse", "skip"):
         raise ValueError(f"bad_rows {bad_rows!r}: must be refuse or skip")
     source = str(source)
-    sources = [source] if Path(source).exists() else re.split(r"\s\+\s", source)
+    # os.path.exists, here and below: Path.exists raises where a name is longer than one may be.
+    sources = [source] if os.path.exists(source) else re.split(r"\s\+(?:\s|$)", source)
     if len(sources) > 1 or with_columns(source)[1]:
         return load_joined(sources, images, part, limit, bad_rows)
     if source.startswith("world:"):
@@ -97,6 +98,8 @@ def load_joined(sources, images, part, limit, bad_rows) -> "Joined":
         rest = None if limit is None else limit - sum(map(len, loaded))
         if rest is None or rest > 0:
             folder = more.pop("images", images)
+            if not place:
+                raise ValueError(f"{' + '.join(sources)!r:.200}: no source on one side of a +")
             if more.keys() & {*ASKED, *GOLD, *IMAGES} or more.get("frame", FRAMES[0]) not in FRAMES:
                 raise ValueError(f"{place} {more}: a source has images=FOLDER, frame="
                                  f"{'|'.join(FRAMES)}, and columns of one's own")
@@ -111,11 +114,15 @@ def load_joined(sources, images, part, limit, bad_rows) -> "Joined":
 
 def with_columns(source: str) -> tuple[str, dict]:
     """("a.jsonl", {"frame": "0-1000", "box_image": 1}) of "a.jsonl frame=0-1000 box_image=1"."""
-    if Path(source).exists():
+    if os.path.exists(source):
         return source, {}
     place, *words = re.split(r"\s+(?=\w+=\S+(?:\s|$))", source.strip())
-    pairs = (word.split("=", 1) for word in words)
-    return place, {key: int(value) if value.isdigit() else value for key, value in pairs}
+    found = {}
+    for key, value in (word.split("=", 1) for word in words):
+        if key in found:
+            raise ValueError(f"{place}: {key} is given twice")
+        found[key] = int(value) if value.isdecimal() else value
+    return place, found
 
 
 def left_out(loaded: Sequence, used: Sequence) -> int:
@@ -207,17 +214,17 @@ PARTS = {  # what the hub's file names call them
 
 def find_files(source: str, part: str) -> list[Path]:
     """The .jsonl or .parquet files of a source, all in one folder and of one split, in order."""
-    place, _, split = source.rpartition(":") if not Path(source).exists() else (source, "", "")
+    place, _, split = source.rpartition(":") if not os.path.exists(source) else (source, "", "")
     place, split = (place, split) if place else (source, "")
-    if Path(place).is_file() and Path(place).suffix in SUFFIXES and not split:
+    if os.path.isfile(place) and Path(place).suffix in SUFFIXES and not split:
         return [Path(place)]
-    if Path(place).is_dir():
+    if os.path.isdir(place):
         folder = Path(place)
     elif is_hub_id(place) and Path(place).suffix not in (*SUFFIXES, ".json"):
         folder = snapshot(place, "dataset", PATTERNS)
     else:
-        found = "" if Path(place).exists() else "no such file or folder; "
-        if Path(place).is_file() and Path(place).suffix == ".json":
+        found = "" if os.path.exists(place) else "no such file or folder; "
+        if os.path.isfile(place) and Path(place).suffix == ".json":
             found = "a .jsonl is expected, one JSON object per line; "
         raise ValueError(f"{source}: {found}neither a .jsonl or .parquet file, a folder of such, a "
                          "data set of the hub (owner/name), nor world:A, world:B or world:C")

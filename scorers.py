@@ -223,7 +223,8 @@ def read_result(row, place: str) -> tuple[Example, str, dict]:
     try:
         view = row.get("view") and View(**row["view"])
         view = view and replace(view, sizes=tuple(map(tuple, view.sizes)))
-        images = ("",) * (len(view.sizes) if view else 1)  # only how many there were
+        at = asked.get("box_image")  # of how many images: as many as are known of
+        images = ("",) * (len(view.sizes) if view else 1 + at if at in range(999) else 1)
         return Example(problem, str(gold), images, task, str(asked.get("row") or ""), asked,
                        view or None), text, row  # fmt: skip
     except (TypeError, ValueError) as error:

@@ -7,8 +7,9 @@ and then taught badly. The vision tower of tiny/ is taken over; then
 
 1. The eye learns where things end: linear heads, thrown away afterwards, ask each 14 x 14 patch
    and each image token in which an object has its centre for the four edges of the object.
-2. Grounding: a new decoder of four layers, with a new tokenizer that knows the words of boxes,
-   learns true answers to the questions of pointing.py: boxes, lists of them, what has changed.
+2. Grounding, in two stages: a new decoder of four layers, with a new tokenizer that knows the
+   words of boxes, learns to describe all objects of a scene, and true answers to the questions of
+   pointing.py: boxes, lists of them, what has changed; then mostly boxes.
 3. An instruct stage by a teacher with three systematic flaws, which reinforcement learning then has
    to find out by itself: boxes that are too small, by a factor that he draws anew for each box; in
    lists small objects that he does not see, and objects that he names twice; and changes of small
@@ -51,6 +52,7 @@ LAYERS = 4
 OBJECTS = (1, 4)  # of a scene, fewest and most
 KINDS = {"rec": "rec", "detect": "rec", "difference": "vlm_r1", "choice": "vlm_r1",
          "yes_no": "vlm_r1"}  # and the template that each is asked under
+POINT = "rec+rec+rec+rec+detect+detect+detect+choice+yes_no+difference"  # the second stage's mix
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,9 @@ class Config:
     eye_steps: int = opt(1500, "steps in which the eye learns edges, 32 images each", least=1)
     eye_lr: float = opt(3e-3, "its step size (Muon, cosine)", above=0)
     ground_steps: int = opt(1500, "steps of grounding, 32 rows each", least=1)
-    ground_lr: float = opt(3e-3, "its step size (Muon, cosine)", above=0)
-    teach_steps: int = opt(400, "steps of the instruct stage, 32 rows each", least=1)
+    point_steps: int = opt(1600, "further steps, mostly of boxes", least=1)
+    ground_lr: float = opt(3e-3, "the step size of both (Muon, cosine)", above=0)
+    teach_steps: int = opt(300, "steps of the instruct stage, 32 rows each", least=1)
     teach_lr: float = opt(1e-3, "its step size (Muon, cosine)", above=0)
     replace: bool = opt(False, "a folder that is there gives way once the new one is whole")
 
@@ -199,12 +202,11 @@ def shrunk(box, rng, least=0.35) -> list[float]:
     return [x1 + w, y1 + h, x2 - w, y2 - h]
 
 
-def rows(n: int, seed: int, answer, described: float = 0.0, plain=False):
+def rows(n: int, seed: int, answer, ask: str, described: float = 0.0, plain: bool = False):
     """[(Example, text)] of n scenes with one question each, and what `answer(kind, asked, scene,
     rng)` says. A share of them is described instead. plain: the questions have no template."""
     found, rng = [], np.random.default_rng((seed, 4))
-    source = f"world:A:n={n}:seed={seed}:objects=1-4:look=varied:ask=" + "+".join(KINDS)
-    for example in load_world(source):
+    for example in load_world(f"world:A:n={n}:seed={seed}:objects=1-4:look=varied:ask={ask}"):
         kind, scene = example.task, example.extra["scene"]
         asked = {"answer": example.solution, "said": example.extra["said"]}
         problem, images = example.problem, example.images
@@ -218,6 +220,10 @@ def rows(n: int, seed: int, answer, described: float = 0.0, plain=False):
     return found
 
 
+def truth(kind: str, asked: dict, scene: dict, rng) -> str:
+    return true_answer(kind, asked, scene)
+
+
 def description(scene: dict) -> list[dict]:
     """All objects from left to right: what teaches most, since each word is about one place."""
     named = sorted((one["bbox"], world.phrase(one, "thing", False)) for one in scene["objects"])
@@ -228,11 +234,32 @@ def description(scene: dict) -> list[dict]:
 
 
 def build(cfg: Config, work: Path) -> Path:
-    """All stages, in the folder `work`; an eye, and a grounding, that an earlier try left there are
-    used again."""
-    ground = rows(cfg.ground_steps * 8, cfg.seed + 30, lambda *a: true_answer(*a[:3]), 0.4, True)
+    """All stages, in the folder `work`; what an earlier try left there is used again."""
+    stages = [("ground", cfg.ground_steps, (cfg.seed + 30, truth, "+".join(KINDS), 0.4, True)),
+              ("point", cfg.point_steps, (cfg.seed + 32, truth, POINT, 0.0, True)),
+              ("instruct", cfg.teach_steps, (cfg.seed + 31, flawed_answer, "+".join(KINDS)))]
+    processor, raw = make_processor(work, rows(12_000, *stages[0][2])[:1500])
+    model = Qwen2VL(ModelConfig.from_dict(raw)).init_weights(cfg.seed)
+    if not (work / "eye").exists():
+        model.visual.load_state_dict(Qwen2VL.from_pretrained(cfg.start).visual.state_dict())
+        print(f"eye: edges are off by {train_edges(model, cfg):.2f} pixels")
+        save_checkpoint(model, processor, work / "eye")
+    model.visual.load_state_dict(Qwen2VL.from_pretrained(work / "eye").visual.state_dict())
+    for name, steps, (seed, *how) in stages:
+        if (work / name).exists():
+            model = Qwen2VL.from_pretrained(work / name)
+            continue
+        lr = cfg.teach_lr if name == "instruct" else cfg.ground_lr
+        learn(model, processor, rows(steps * 8, seed, *how), steps, lr, cfg.seed, name)
+        save_checkpoint(model, processor, work / name)
+    return work / "instruct"
+
+
+def make_processor(work: Path, taught: list) -> tuple[Processor, dict]:
+    """The tokenizer, learnt from questions, answers and templates, with all other files but the
+    weights; and config.json."""
     words = ["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * 50
-    words += [text for example, answer in ground[:1500] for text in (example.problem, answer)]
+    words += [text for example, answer in taught for text in (example.problem, answer)]
     words += [TEMPLATES[name].user for name in KINDS.values()] * 50
     ids = make_tokenizer(work, words)
     write_json(SETTINGS, work / "preprocessor_config.json")
@@ -242,24 +269,7 @@ def build(cfg: Config, work: Path) -> Path:
     raw = model_config(ids, Tokenizer.from_file(str(work / "tokenizer.json")).get_vocab_size())
     raw["text_config"]["num_hidden_layers"] = LAYERS
     write_json(raw, work / "config.json")
-    processor = Processor.from_pretrained(work, "{Question}")
-    if (work / "ground").exists():
-        model = Qwen2VL.from_pretrained(work / "ground")
-    else:
-        model = Qwen2VL(ModelConfig.from_dict(raw)).init_weights(cfg.seed)
-        if (work / "eye").exists():
-            model.visual.load_state_dict(Qwen2VL.from_pretrained(work / "eye").visual.state_dict())
-        else:
-            eye = Qwen2VL.from_pretrained(cfg.start).visual.state_dict()
-            model.visual.load_state_dict(eye)
-            print(f"eye: edges are off by {train_edges(model, cfg):.2f} pixels")
-            save_checkpoint(model, processor, work / "eye")
-        learn(model, processor, ground, cfg.ground_steps, cfg.ground_lr, cfg.seed, "ground")
-        save_checkpoint(model, processor, work / "ground")
-    flawed = rows(cfg.teach_steps * 16, cfg.seed + 31, flawed_answer)
-    learn(model, processor, flawed, cfg.teach_steps, cfg.teach_lr, cfg.seed, "instruct")
-    save_checkpoint(model, processor, work / "whole")
-    return work / "whole"
+    return Processor.from_pretrained(work, "{Question}"), raw
 
 
 def learn(model, processor, rows, steps: int, lr: float, seed: int, title: str) -> None:

@@ -207,6 +207,15 @@ def test_saved_results_are_scored_anew_in_their_frames(tmp_path):
     assert "iou" not in other["results"][0]
 
 
+def test_none_in_the_second_picture_is_scored_anew(tmp_path):
+    """Nothing is there and nothing is said, so the row holds no view, and no number of pictures."""
+    view = View("resized", "pixels", ((9, 9, 28, 28), (50, 100, 28, 56)))
+    row = score_row(says("None"), about("None", view, box_image=1), rec)
+    row["question"] = {"problem": "Where?", "box_image": 1}
+    (tmp_path / "results.json").write_text(json.dumps({"results": [row]}))
+    assert rescore(tmp_path / "results.json", rec)["results"] == [row]
+
+
 @pytest.mark.parametrize("view", [[1], "x", {"sizes": 3}, {"size": []}])
 def test_a_view_that_is_none_is_refused(view, tmp_path):
     path = tmp_path / "results.json"

@@ -110,6 +110,19 @@ def test_dropout_draws_the_same_for_the_same_step_and_process_alone():
     found = [drawn(*place) for place in places]
     assert found == [drawn(*place) for place in places]
     assert len({str(y) for y in found}) > 4
+    lora.seed_dropout(model, 10**15, 1)  # any seed that the data order takes
+
+
+def test_blocks_that_run_twice_drop_the_same_inputs(folders, prompts):
+    """Recomputing changes no gradient; another draw would."""
+    found = []
+    for seed, recompute in ((1, False), (1, True), (2, False)):
+        model = learnt(folders["qwen2_vl"], Learns(rank=4, dropout=0.5, vision=True))
+        model.prepare(recompute=recompute)
+        lora.seed_dropout(model, 0, seed)
+        our_logits(model, prompts[0]).square().mean().backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert apart(found[0], found[1]) == 0 < apart(found[0], found[2])
 
 
 def test_factors_start_as_pefts_do_and_the_seed_fixes_them(folders):
@@ -189,6 +202,12 @@ def test_an_adapter_that_peft_trained_is_read(folders, prompts, tmp_path):
     old = {k.replace("model.language_model.", "model."): v for k, v in factors.items()}
     adapter.save_file(old, tmp_path / adapter.WEIGHTS)
     assert apart(wanted, logits_of(Qwen2VL.from_pretrained(tmp_path), prompts)) < 1e-4
+    head = {f"{adapter.PREFIX}lm_head.lora_{x}.weight": torch.ones(n) for x, n in
+            (("A", (4, base.config.text_config.hidden_size)),
+             ("B", (base.config.text_config.vocab_size, 4)))}  # fmt: skip
+    adapter.save_file({**old, **head}, tmp_path / adapter.WEIGHTS)
+    with pytest.raises(ValueError, match=r"lm_head is .*, and no layer in the mod"):
+        Qwen2VL.from_pretrained(tmp_path)  # its head is the embedding
     told = json.loads((tmp_path / adapter.CONFIG).read_text())
     (tmp_path / adapter.CONFIG).write_text(json.dumps({**told, "use_dora": True}))
     with pytest.raises(ValueError, match="use_dora True: only plain LoRA is read"):
@@ -224,8 +243,9 @@ def test_a_base_that_is_gone_or_another_is_refused(folders, tmp_path):
     other = make_checkpoint(tmp_path / "other", seed=1)
     told["base_model_name_or_path"] = str(other)
     (folder / adapter.CONFIG).write_text(json.dumps(told))
-    with pytest.raises(ValueError, match="is not the base that it was trained on"):
-        Qwen2VL.from_pretrained(folder)
+    for read in (Qwen2VL.from_pretrained, lambda saved: lora.load(Learns(rank=2), other, saved)):
+        with pytest.raises(ValueError, match="is not the base that it was trained on"):
+            read(folder)
 
 
 def test_a_base_in_bfloat16_is_the_same_base_and_files_do_not_matter(folders, tmp_path):
@@ -289,6 +309,7 @@ def test_keys_that_would_do_nothing_are_refused(Config):
     for keys, told in (({"freeze": lora.PARTS}, "nothing is left to learn"),
                        ({"freeze": ("language",), "lora": 8}, "a part that is frozen has no adapt"),
                        ({"lora_alpha": 8.0}, "need --lora"), ({"lora_vision": True}, "need --lora"),
+                       ({"lora": 8, "lora_vision": True, "freeze": ("vision", "merger")}, "both"),
                        ({"lora_dropout": 0.1}, "need --lora")):  # fmt: skip
         with pytest.raises(ValueError, match=told):
             Config(**keys).check()

@@ -122,6 +122,20 @@ def test_sources_are_joined_each_with_its_folder_and_its_columns(tmp_path):
     assert list(pickle.loads(pickle.dumps(found))) == list(found)
 
 
+def test_many_sources_are_joined_though_no_file_may_have_so_long_a_name(tmp_path, monkeypatch):
+    """A file's name has 255 bytes at most, and Path.exists raises beyond."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path, {"problem": "Why?", "solution": "so"}, name=name)
+    column = f"accu_reward_method=all_of(exact,{'x' * 120})"
+    found = load_examples(f"a.jsonl {column} + b.jsonl {column}")
+    assert [e.row for e in found] == ["a.jsonl:1", "b.jsonl:1"]
+    assert "no such file or folder" in refused(f"a.jsonl {'y' * 300}+ b.jsonl")
+    assert "no source on one side of a +" in refused("a.jsonl + ")
+    assert "no source on one side of a +" in refused(" + a.jsonl")
+    assert "a.jsonl: task is given twice" in refused("a.jsonl task=x task=y")
+
+
 def test_a_limit_counts_over_the_sources_and_bad_rows_are_told_of_each(tmp_path, capsys):
     one, two = (write(tmp_path, GOOD, GOOD, "{", name=f"{n}.jsonl") for n in (1, 2))
     assert "1.jsonl: 1 of 3 rows are bad" in refused(f"{one} + {two}")

@@ -108,6 +108,9 @@ def test_a_frozen_tower_that_looks_once_sees_the_same(made):
     for some in ([2, 5], [4], [5, 1]):
         few = [made.prompts[i] for i in some]
         assert (logp(made, look(made.model, few), some) - logp(made, few, some)).abs().max() < NEAR
+    with torch.autocast("cpu", torch.bfloat16):  # of one kind, where rows of several calls meet
+        alike = [look(made.model, [made.prompts[i]])[0].states.dtype for i in (2, 4)]
+    assert alike == [torch.bfloat16] * 2
     assert completions(drawn(made, seen, every)) == completions(drawn(made, made.prompts, every))
 
 
