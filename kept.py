@@ -8,6 +8,7 @@
 
 import glob
 import json
+import re
 from pathlib import Path
 
 import boxes
@@ -108,9 +109,9 @@ def about(cfg, folder: str, processor: Processor, examples) -> dict:
     """What an evaluation is, JSON: if it differs, the answers of an interrupted one cannot stay.
     Neither batch size nor number of processes is in it; the code that scores is."""
     weights = sorted(Path(folder).glob("*.safetensors"))
-    file = Path(cfg.scorer.rpartition(":")[0])
+    files = [Path(part.rpartition(":")[0].strip()) for part in re.split("[(),]", cfg.scorer)]
     code = [Path(module.__file__).read_bytes() for module in CODE]
-    code += [file.read_bytes()] if file.is_file() else []
+    code += [file.read_bytes() for file in files if file.is_file()]
     return {
         **{key: getattr(cfg, key) for key in ASKED},
         "model": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights],

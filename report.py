@@ -196,7 +196,10 @@ def probes(folder: Path, rows: list[dict]) -> str:
         for i, answer in enumerate(row.get("answers") or []):
             line = (f"<li><div><p>step {show(row['step'])} {marks(answer.get('rewards'))}</p>"
                     f"{pointed(folder, answer, answer)}</div>{said(answer.get('text', ''))}</li>")
-            followed.setdefault((i, answer.get("problem")), (answer, []))[1].append(line)
+            shown = followed.setdefault((i, answer.get("problem")), [answer, []])
+            shown[1].append(line)
+            if "gold_boxes" in answer:  # has the picture that those of `pointed` refer to
+                shown[0] = answer
     return "".join(asked(folder, answer, lines) for answer, lines in followed.values())
 
 

@@ -42,9 +42,9 @@ from saving import damage, load_optimizers, progress
 # Keys that may change when a run goes on: they change no result, or make more steps of it.
 FREE = {
     "out", "steps", "epochs", "note", "workers", "micro", "micro_prompts", "recompute",
-    "shard_group", "save_every", "keep", "must_save_by", "resume", "dry_run", "probes",
-    "probe_every", "eval_every", "eval_saves", "trackers", "reward_seconds", "reward_memory",
-    "check_memory",
+    "micro_tokens", "shard_group", "save_every", "keep", "must_save_by", "resume", "dry_run",
+    "probes", "probe_every", "eval_every", "eval_saves", "trackers", "reward_seconds",
+    "reward_memory", "check_memory",
 }  # fmt: skip
 
 

@@ -117,12 +117,10 @@ def with_columns(source: str) -> tuple[str, dict]:
     if os.path.exists(source):
         return source, {}
     place, *words = re.split(r"\s+(?=\w+=\S+(?:\s|$))", source.strip())
-    found = {}
-    for key, value in (word.split("=", 1) for word in words):
-        if key in found:
-            raise ValueError(f"{place}: {key} is given twice")
-        found[key] = int(value) if value.isdecimal() else value
-    return place, found
+    pairs = [word.split("=", 1) for word in words]
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"{place}: a column is given twice: {', '.join(words)}")
+    return place, {key: int(value) if value.isdecimal() else value for key, value in pairs}
 
 
 def left_out(loaded: Sequence, used: Sequence) -> int:

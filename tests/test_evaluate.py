@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 from tiny_checkpoint import make_checkpoint
 
+import kept
 import rewards
 import scenes
 from data import Example, Processor, collate
-from evaluate import evaluate, evaluate_all, main, print_summary, prompt_of
+from evaluate import Config, evaluate, evaluate_all, main, print_summary, prompt_of
 from model import Layout, Qwen2VL
 from rollout import as_rollout, score
 from rows import load_examples
@@ -668,6 +669,17 @@ def test_answers_of_another_evaluation_are_refused_and_kept(taught, stopped, tmp
     with pytest.raises(SystemExit, match="another scorer"):
         main(stopped.words)
     assert part.read_bytes() == kept and stopped.parts() == ["out.json.part0"]
+
+
+def test_one_s_own_code_counts_inside_brackets_too(taught, tmp_path):
+    """A reward of one's own that is part of another is code that scores, and may change."""
+    mine = tmp_path / "mine.py"
+    cfg = Config(scorer=f"all_of(format, {mine}:mine)")
+    told = []
+    for code in (STOPS, STOPS, STOPS + "# changed"):
+        mine.write_text(code)
+        told.append(kept.about(cfg, str(tmp_path), taught.processor, EXAMPLES))
+    assert told[0] == told[1] and {k for k in told[0] if told[0][k] != told[2][k]} == {"scorer"}
 
 
 def test_rows_that_changed_below_the_same_name_are_refused(stopped, tmp_path):

@@ -102,6 +102,17 @@ def test_an_answer_s_boxes_are_drawn_on_the_picture_that_is_there_already(run):
     assert report.pointed(folder, {**row, "box_image": 2}, answer) == ""
 
 
+def test_boxes_said_of_nothing_at_a_later_step_find_their_picture(run):
+    """Where nothing is there and nothing is said, a probe's row says nothing of boxes."""
+    folder, row, answer = run
+    first = {key: row[key] for key in ("problem", "images")}
+    steps = [first | {"text": "None"}, first | {"gold_boxes": [], "text": "x"} | answer]
+    steps[1]["box_image"] = 1
+    text = report.probes(folder, [{"step": n, "answers": [a]} for n, a in enumerate(steps)])
+    (name,) = re.findall('<use href="#(.*?)"', text)
+    assert f'<image id="{name}"' in text and text.count("<li>") == 2
+
+
 def test_a_page_with_boxes_refers_to_nothing_outside_itself(run):
     """What is shown again is on the page before, once."""
     folder, row, answer = run

@@ -133,7 +133,7 @@ def test_many_sources_are_joined_though_no_file_may_have_so_long_a_name(tmp_path
     assert "no such file or folder" in refused(f"a.jsonl {'y' * 300}+ b.jsonl")
     assert "no source on one side of a +" in refused("a.jsonl + ")
     assert "no source on one side of a +" in refused(" + a.jsonl")
-    assert "a.jsonl: task is given twice" in refused("a.jsonl task=x task=y")
+    assert "a.jsonl: a column is given twice: task=x, task=y" in refused("a.jsonl task=x task=y")
 
 
 def test_a_limit_counts_over_the_sources_and_bad_rows_are_told_of_each(tmp_path, capsys):
