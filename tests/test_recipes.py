@@ -72,6 +72,8 @@ ROWS = {  # four of each, as the published sets have them; pictures are 0.png to
     "choice": [chat("Which? (A) red (B) blue", "B", f"{i}.png") for i in range(4)],
     "virft": [{"image": f"{i}.png", "problem": "Detect all objects of the category 'dog'.",
                "solution": VIRFT if i else "<answer>No Objects</answer>"} for i in range(4)],
+    "ground": [{"image": f"{i}.png", "problem": "what one could sit on",
+                "solution": f"({i},80),(900,700)"} for i in range(4)],
     "class": [{"image": f"{i}.png", "problem": "Which plant is this?",
                "solution": f"<answer>rose {i}</answer>"} for i in range(4)],
 }  # fmt: skip
@@ -94,6 +96,7 @@ DATA = {  # of the recipes: names of ROWS, and the columns that the recipe adds 
     "vlm_r1_ovd": ("ovd",), "vlm_r1_gui": ("gui",),
     "vlm_r1_math": ("math accu_reward_method=math", "choice accu_reward_method=choice"),
     "visual_rft_detection": ("virft",), "visual_rft_classification": ("class",),
+    "visual_rft_grounding": ("ground",),
 }  # fmt: skip
 
 
