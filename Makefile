@@ -24,7 +24,7 @@ SOURCES = $(if $(MODEL),--model "$(MODEL)") $(ROWS)
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9_.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 train: $(READY)  ## train by RECIPE (default recipes/tiny.toml); ARGS="--key value" overrides any key
 	$(RUN) grpo.py $(RECIPE) $(SOURCES) $(ARGS)

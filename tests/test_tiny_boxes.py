@@ -98,7 +98,7 @@ def test_half_of_the_answers_have_the_format():
 def test_edges_are_those_of_the_object_whose_centre_a_patch_has(monkeypatch):
     monkeypatch.setattr(tiny_boxes, "CHUNK", 6)
     images, facts, edges = tiny_boxes.edge_chunk(5, 1)
-    scenes = world.make_scenes(6, "A", 5, objects=(2, 5), look="wild", start=6)
+    scenes = world.make_scenes(6, "A", 5, objects=(1, 4), look="wild", start=6)
     assert (images == world.render(scenes)).all()
     there = ~np.isnan(edges[..., 0])
     assert (there == (facts[..., 0] > 0)).all()
@@ -150,12 +150,12 @@ def test_transformers_loads_it(start):
 
 def test_it_points_at_things_but_draws_boxes_too_small(start):
     found = scored(start, "rec", "rec", "rec")
-    assert 0.2 < found["iou"] < 0.6
+    assert 0.1 < found["iou"] < 0.3
 
 
 def test_it_lists_things_and_misses_small_ones(start):
     found = scored(start, "detect", "rec", "detect")
-    assert found["recall"] < 0.6
+    assert 0.05 < found["recall"] < 0.35
 
 
 def test_it_tells_two_pictures_apart_better_than_by_chance(start):
