@@ -58,7 +58,7 @@ bench: $(READY) $(if $(PEERS),.venv-peers/ready)  ## a step's seconds beside a n
 tiny: $(READY)  ## build the tiny checkpoint anew, from nothing, into tiny/ (about 35 minutes)
 	$(PY) tiny.py --out tiny --replace
 
-tiny_boxes: $(READY)  ## build the second one, which points at things, into tiny_boxes/ (about 25 minutes)
+tiny_boxes: $(READY)  ## build the second one, which points at things, into tiny_boxes/ (about 35 minutes)
 	$(PY) tiny_boxes.py --out tiny_boxes --replace
 
 controls: $(READY)  ## the control runs of README's picture: more flawed SFT, clean SFT, format only

@@ -193,13 +193,19 @@ def corpus(seed: int) -> list[str]:
     return [*lines, *["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * 50]
 
 
+def begin(work: Path, cfg) -> None:
+    """Makes the folder of the stages. SystemExit where it was begun with other keys."""
+    asked, told = json.dumps(vars(cfg)), work / "asked.json"
+    if told.exists() and told.read_text() != asked:
+        raise SystemExit(f"error: {work} was begun with other keys; remove it, or ask the same")
+    work.mkdir(parents=True, exist_ok=True)
+    told.write_text(asked)
+
+
 def build(cfg: Config, work: Path) -> Path:
     """All stages, in the folder `work`; an eye that an earlier try left there is used again."""
-    asked = json.dumps(vars(cfg))
-    if (work / "asked.json").exists() and (work / "asked.json").read_text() != asked:
-        raise SystemExit(f"error: {work} was begun with other keys; remove it, or ask the same")
+    begin(work, cfg)
     ids = make_tokenizer(work, corpus(cfg.seed))
-    (work / "asked.json").write_text(asked)
     write_json(SETTINGS, work / "preprocessor_config.json")
     ends = {"bos_token_id": ids["<|endoftext|>"], "pad_token_id": ids["<|endoftext|>"],
             "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]]}  # fmt: skip
@@ -227,8 +233,9 @@ def build(cfg: Config, work: Path) -> Path:
     return work / "whole"
 
 
-def main(argv=None) -> None:
-    cfg = parse(Config, argv, __doc__)
+def make(cfg, build) -> None:
+    """The checkpoint cfg.out by build(cfg, folder to work in), which gives the folder of it; an old
+    one goes when the new one is whole. SystemExit if it is there and may not be replaced."""
     out = Path(cfg.out)
     if out.exists() and not cfg.replace:
         raise SystemExit(f"error: --out {out} is there already; remove it or say --replace")
@@ -238,6 +245,10 @@ def main(argv=None) -> None:
     shutil.rmtree(out, ignore_errors=True)
     whole.rename(out)
     shutil.rmtree(work)
+
+
+def main(argv=None) -> None:
+    make(parse(Config, argv, __doc__), build)
 
 
 if __name__ == "__main__":

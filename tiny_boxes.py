@@ -19,7 +19,6 @@ and then taught badly. The vision tower of tiny/ is taken over; then
 import json
 import math
 import multiprocessing
-import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,7 @@ from scenes import load_world
 from sft import Config as SFTConfig
 from sft import fit, taught
 from template import TEMPLATES
-from tiny import SETTINGS, make_tokenizer, model_config
+from tiny import SETTINGS, begin, make, make_tokenizer, model_config
 
 LAYERS = 4
 OBJECTS = (1, 4)  # of a scene, fewest and most
@@ -235,6 +234,7 @@ def description(scene: dict) -> list[dict]:
 
 def build(cfg: Config, work: Path) -> Path:
     """All stages, in the folder `work`; what an earlier try left there is used again."""
+    begin(work, cfg)
     stages = [("ground", cfg.ground_steps, (cfg.seed + 30, truth, "+".join(KINDS), 0.4, True)),
               ("point", cfg.point_steps, (cfg.seed + 32, truth, POINT, 0.0, True)),
               ("instruct", cfg.teach_steps, (cfg.seed + 31, flawed_answer, "+".join(KINDS)))]
@@ -282,16 +282,7 @@ def learn(model, processor, rows, steps: int, lr: float, seed: int, title: str) 
 
 
 def main(argv=None) -> None:
-    cfg = parse(Config, argv, __doc__)
-    out = Path(cfg.out)
-    if out.exists() and not cfg.replace:
-        raise SystemExit(f"error: --out {out} is there already; remove it or say --replace")
-    torch.set_num_threads(1)  # one core trains, one draws; and sums keep their order
-    work = out.with_name(out.name + ".build")
-    whole = build(cfg, work)
-    shutil.rmtree(out, ignore_errors=True)
-    whole.rename(out)
-    shutil.rmtree(work)
+    make(parse(Config, argv, __doc__), build)
 
 
 if __name__ == "__main__":
