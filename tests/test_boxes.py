@@ -1,6 +1,7 @@
 """Chapter two of boxes.py: frames, what is read as a box, how boxes fit, and what that is worth."""
 
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -40,6 +41,14 @@ SIZE = (480, 640, 448, 616)  # height, width, resized height, resized width
 SEVERAL = (boxes.detection, boxes.weighted, boxes.mean_iou, boxes.confidence, boxes.box_format)
 REWARDS = {"iou": boxes.box_iou, "giou": boxes.box_giou} | {f.__name__: f for f in SEVERAL}
 SETS = sorted({*REWARDS} - {"box_format"})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_garbage_collector():
+    """It would walk all that thousands of tests have left, .7 s, and some are timed here."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def say(answer, thought="so"):
