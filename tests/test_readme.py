@@ -26,8 +26,8 @@ SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, re.S | re.M))
 
 
 def test_every_make_target_in_it_exists():
-    targets = set(re.findall(r"^([a-z.-]+):", (ROOT / "Makefile").read_text(), re.M))
-    named = set(re.findall(r"\bmake ([a-z][a-z-]+)", README))
+    targets = set(re.findall(r"^([a-z0-9_.-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"\bmake ([a-z][a-z0-9_-]+)", README))
     assert {"train", "test", "eval", "tiny", "controls", "clean", "help"} <= named
     assert named <= targets
 
