@@ -224,7 +224,7 @@ def truth(kind: str, asked: dict, scene: dict, rng) -> str:
 
 
 def description(scene: dict) -> list[dict]:
-    """All objects from left to right: what teaches most, since each word is about one place."""
+    """All objects from left to right: a row in which each word is about one place."""
     named = sorted((one["bbox"], world.phrase(one, "thing", False)) for one in scene["objects"])
     return [{"bbox_2d": box, "label": name} for box, name in named]
 
