@@ -16,7 +16,6 @@ P patches (14 x 14 pixels at 2 moments), C = 3 * 2 * 14 * 14 numbers of a patch.
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,11 +25,11 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import Subset
 from tqdm import tqdm
 
 from boxes import FRAMES, View
 from example import Example
+from grading import leave_out
 from images import image_size, open_image
 from patches import mrope_positions, patchify, smart_resize
 from template import Template, find_template, frame_words
@@ -256,16 +255,13 @@ def without_long(examples: Sequence, length, key: str, most: int | None, bad_row
     if most is None:
         return examples
     lengths = [length(example) for example in tqdm(examples, "measure rows", leave=False)]
-    fits = [i for i, n in enumerate(lengths) if n <= most]
-    if len(fits) == len(lengths):
+    bad = {i for i, n in enumerate(lengths) if n > most}
+    if not bad:
         return examples
-    first = next(i for i, n in enumerate(lengths) if n > most)
-    told = (f"{len(lengths) - len(fits)} of {len(lengths)} rows have more than {most} tokens, the "
+    first = min(bad)
+    told = (f"{len(bad)} of {len(lengths)} rows have more than {most} tokens, the "
             f"first is {examples[first].row} with {lengths[first]}")
-    if bad_rows == "refuse" or not fits:
-        raise ValueError(f"{told}; raise --{key}, or leave them out by --bad_rows skip")
-    print(f"{told}; they are left out", file=sys.stderr)
-    return [examples[i] for i in fits] if isinstance(examples, list) else Subset(examples, fits)
+    return leave_out(examples, bad, told, f"raise --{key}", bad_rows)
 
 
 # ---------------------------------------------------------------------------- files of a checkpoint

@@ -61,15 +61,15 @@ def patch_of(thing: dict) -> int:
     return (y // 2 * side // 2 + x // 2) * 4 + y % 2 * 2 + x % 2
 
 
-def eye_chunks(n: int, *world_of):
-    """The chunks 0 ... n-1 in order, rendered ahead in a process of its own (spawned, not forked).
-    """
+def chunks_ahead(chunk, n: int, *how):
+    """chunk(*how, k) for k = 0 ... n-1 in order, made ahead in a process of its own (spawned, not
+    forked)."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        ahead = [pool.submit(eye_chunk, *world_of, k) for k in range(min(4, n))]
+        ahead = [pool.submit(chunk, *how, k) for k in range(min(4, n))]
         for k in range(n):
             yield ahead.pop(0).result()
             if k + 4 < n:
-                ahead.append(pool.submit(eye_chunk, *world_of, k + 4))
+                ahead.append(pool.submit(chunk, *how, k + 4))
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -131,7 +131,8 @@ def train_eye(model: Qwen2VL, steps: int, lr: float, seed: int, look: str, shape
     grid = torch.tensor([[1, 2 * side, 2 * side]]).expand(batch, 3)
     rng, right, step = np.random.default_rng(seed), [], 0
     bar = tqdm(total=steps, desc=f"eye, {look}", unit="step")
-    for chunk in eye_chunks(math.ceil(steps * batch / CHUNK / 2), seed, look, shapes):
+    chunks = math.ceil(steps * batch / CHUNK / 2)
+    for chunk in chunks_ahead(eye_chunk, chunks, seed, look, shapes):
         for images, facts in (chunk, mirrored(*chunk)):
             for at in rng.permutation(CHUNK).reshape(-1, batch)[: steps - step]:
                 step += 1

@@ -262,8 +262,14 @@ def fitting(loaded, examples, bad_rows="refuse"):
     first = next(iter(bad))
     message = (f"{len(bad)} of {len(examples)} rows do not fit the rewards, the first is "
                f"{examples[first].row}: {bad[first]}")
+    return leave_out(examples, bad, message, "mend them", bad_rows)
+
+
+def leave_out(examples, bad, message, mend, bad_rows):
+    """The examples but those of the places in bad, of which stderr is told; ValueError with what
+    mends it where bad_rows is refuse, or none would be left."""
     if bad_rows == "refuse" or len(bad) == len(examples):
-        raise ValueError(f"{message}; mend them, or leave them out by --bad_rows skip")
+        raise ValueError(f"{message}; {mend}, or leave them out by --bad_rows skip")
     print(f"{message}; they are left out", file=sys.stderr)
     fits = [i for i in range(len(examples)) if i not in bad]
     return [examples[i] for i in fits] if isinstance(examples, list) else Subset(examples, fits)

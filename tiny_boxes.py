@@ -18,8 +18,6 @@ and then taught badly. The vision tower of tiny/ is taken over; then
 
 import json
 import math
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +34,17 @@ from checkpoint import ModelConfig
 from config import opt, parse
 from data import Processor
 from example import Example
-from eye import CHUNK, PATCH, SIZE, EyeHeads, facts_of, normalise, patch_of, values
+from eye import (
+    CHUNK,
+    PATCH,
+    SIZE,
+    EyeHeads,
+    chunks_ahead,
+    facts_of,
+    normalise,
+    patch_of,
+    values,
+)
 from journal import write_json
 from model import Qwen2VL
 from optim import apply_gradients, make_optimizers, schedule, set_lr
@@ -117,13 +125,8 @@ def train_edges(model: Qwen2VL, cfg: Config) -> float:
     optimizers, errors = make_optimizers(both, "muon", cfg.eye_lr), []
     grid = torch.tensor([[1, side, side]]).expand(batch, 3)
     chunks = math.ceil(cfg.eye_steps * batch / CHUNK)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool, \
-            tqdm(total=cfg.eye_steps, desc="edges", unit="step") as bar:
-        ahead = [pool.submit(edge_chunk, cfg.seed + 20, k) for k in range(min(4, chunks))]
-        for k in range(chunks):
-            found = ahead.pop(0).result()
-            if k + 4 < chunks:
-                ahead.append(pool.submit(edge_chunk, cfg.seed + 20, k + 4))
+    with tqdm(total=cfg.eye_steps, desc="edges", unit="step") as bar:
+        for found in chunks_ahead(edge_chunk, chunks, cfg.seed + 20):
             for at in range(0, CHUNK, batch):
                 if (step := len(errors) + 1) > cfg.eye_steps:
                     break
