@@ -13,12 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # A file imports only files that stand above it.
 ORDER = [
     "config", "hub", "worker", "verify", "own", "rewards", "boxes", "grading", "template", "draw",
-    "world", "pointing", "images", "example", "checkpoint", "adapter", "attention", "model", "lora",
-    "live", "parallel", "optim", "shards", "scenes", "rows", "boxscores", "scorers", "patches",
-    "data", "ahead", "sampling", "rollout", "deal", "plan", "tally", "journal", "saving", "resume",
-    "trackers", "advice", "kept", "evaluate", "chart", "overlay", "report", "logbook", "grpo",
-    "sft", "chat", "describe", "traces", "pack", "distill", "eye", "tiny", "tiny_boxes", "controls",
-    "paper", "vlmr1", "costs", "scaling", "machine", "standin", "workload", "rivals", "bench",
+    "world", "pointing", "forms", "images", "example", "checkpoint", "adapter", "attention",
+    "model", "lora", "live", "parallel", "optim", "shards", "scenes", "rows", "boxscores",
+    "scorers", "patches", "data", "ahead", "sampling", "rollout", "deal", "plan", "estimators",
+    "tally", "journal", "saving", "resume", "trackers", "advice", "kept", "evaluate", "chart",
+    "overlay", "report", "logbook", "grpo", "sieve", "sft", "chat", "letters", "describe",
+    "teachers", "traces", "pack", "bridge", "distill", "stages", "run", "eye", "tiny", "tiny_boxes",
+    "tiny_forms", "controls", "paper", "vlmr1", "field", "costs", "scaling", "machine", "standin",
+    "workload", "rivals", "bench",
 ]  # fmt: skip
 LINES = {"grpo": 400, "model": 600, "world": 450}  # every other file 350
 FUNCTION = 55  # lines; a train() may have 80
@@ -28,7 +30,7 @@ GROUPS = {
     "the algorithm, the model, and what they call": (3700, (
         "config", "worker", "verify", "rewards", "template", "images", "example", "checkpoint",
         "attention", "model", "parallel", "optim", "patches", "data", "sampling", "rollout",
-        "deal", "tally", "grpo",
+        "deal", "estimators", "tally", "grpo",
     )),
     "boxes, rewards with arguments, adapters": (1300, (
         "own", "boxes", "grading", "adapter", "lora", "boxscores", "overlay",
@@ -41,14 +43,15 @@ GROUPS = {
         "logbook",
     )),
     "supervised training and distillation": (1250, (
-        "sft", "chat", "describe", "traces", "pack", "distill",
+        "sft", "chat", "letters", "describe", "teachers", "traces", "pack", "bridge", "distill",
     )),
+    "recipes of several stages": (600, ("sieve", "stages", "run")),
     "speed, measured and modelled": (1500, (
         "costs", "scaling", "machine", "standin", "workload", "rivals", "bench",
     )),
     "the laptop's world and studies": (2100, (
         "draw", "world", "pointing", "scenes", "eye", "tiny", "tiny_boxes", "controls", "paper",
-        "vlmr1",
+        "vlmr1", "forms", "tiny_forms", "field",
     )),
 }  # fmt: skip
 
