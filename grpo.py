@@ -26,7 +26,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
 
 import deal
 import journal
@@ -40,6 +39,7 @@ from boxes import FRAMES
 from checkpoint import read_config
 from config import opt, parse
 from data import Processor, without_long
+from estimators import clipped_loss, group_advantages, importance_ratio, k3, token_weights
 from evaluate import load_evals
 from grading import fitting, load_rewards
 from journal import Seconds
@@ -142,59 +142,6 @@ class Config:
         for item, name in zip(self.evals, names):
             if not item.startswith(f"{name}=") or ":" in name or names.count(name) > 1:
                 raise ValueError(f"evals: {item!r} is not NAME=SOURCE, each name once")
-
-
-# --------------------------------------------------------------------- the algorithm, as functions
-
-
-def group_advantages(rewards: Tensor, kind: str = "group", eps: float = 1e-4) -> Tensor:
-    """Advantages (B, G) of rewards (B, G) against their own group; NaN is 'no reward'.
-
-    group: (r_i - mean) / (std + eps), std unbiased: DeepSeekMath, section 4.1.2.
-    center: r_i - mean: Dr. GRPO. loo: r_i - mean of the others: RLOO.
-    A completion without a reward is left out of its group's baseline and gets advantage 0.
-    """
-    n = (~rewards.isnan()).sum(1, keepdim=True)  # (B, 1)
-    centred = (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num(0.0)
-    if kind == "group":
-        std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
-        return centred / (std + eps)
-    return centred * (n / (n - 1).clamp(min=1)) if kind == "loo" else centred
-
-
-def importance_ratio(logp: Tensor, old: Tensor, mask: Tensor, kind: str = "token") -> Tensor:
-    """pi / pi_old (B, G, T) per token; sequence: their geometric mean (B, G, 1) (GSPO, eq. 7)."""
-    log_ratio = (logp - old) * mask
-    if kind == "sequence":
-        log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-    return log_ratio.exp()
-
-
-def clipped_loss(ratio: Tensor, adv: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), (B, G, T); adv (B, G, 1).
-
-    DeepSeekMath, equation 3, its first term; the two bounds are DAPO's.
-    """
-    return -torch.minimum(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
-
-
-def k3(logp: Tensor, ref: Tensor) -> Tensor:
-    """KL(pi || ref) per token, unbiased and never negative: DeepSeekMath, equation 4."""
-    return (ref - logp).exp() - (ref - logp) - 1
-
-
-def token_weights(mask: Tensor, mean: str, sequences: int, max_new: int, tokens=None) -> Tensor:
-    """Weights (B, G, T), so that the loss of a step is sum(weights x token loss).
-
-    `sequences` and `tokens` (default: those of mask) are numbers of the whole step, known before
-    the first backward. sequence: 1 / (|o_i| sequences), GRPO. token: 1 / tokens, DAPO. constant:
-    1 / (sequences max_new), Dr. GRPO.
-    """
-    if mean == "token":
-        return mask / (mask.sum() if tokens is None else tokens).clamp(min=1)
-    if mean == "constant":
-        return mask / (sequences * max_new)
-    return mask / mask.sum(-1, keepdim=True).clamp(min=1) / sequences
 
 
 # --------------------------------------------------------------- the steps of a run, in their order
