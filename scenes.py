@@ -2,9 +2,10 @@
 
     load_world("world:A,n=500,seed=7,ask=count+relation")   # drawn once, then kept in .cache/world
     load_world("world:A,ask=rec+detect+difference")         # boxes, and two pictures
+    load_world("world:A,ask=judge+read,teacher=listed")     # with an answer to learn
 
-world.py and pointing.py make scenes, pictures and questions; here they become examples. The
-pictures are mapped from a file, so that a world of many thousands takes no memory.
+world.py, pointing.py and forms.py make scenes, pictures and questions; here they become examples.
+The pictures are mapped from a file, so that a world of many thousands takes no memory.
 """
 
 import json
@@ -19,6 +20,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from tqdm import tqdm
 
+import forms
 import pointing
 import world
 from config import nearest
@@ -45,9 +47,11 @@ def load_world(source: str, part: str = "train", limit: int | None = None) -> li
     look=…, shapes=… (see world.make_scenes), ask=count, each after a comma or a colon. With
     ask=count+relation a kind is drawn for each scene; where it cannot be asked another one is, and
     a scene of which nothing can be asked is left out. B asks for attributes if ask is not given:
-    its colours are what is new in it. Of "difference" a row has two pictures.
+    its colours are what is new in it. Of "difference" a row has two pictures, of "read" none.
+    teacher=… (forms.TEACHERS) adds what he answers, which supervised training then learns; with
+    keep=right rows that he answers wrongly are left out.
     """
-    split, n, kinds, options = parse_world(source, part)
+    split, n, kinds, teacher, keep, options = parse_world(source, part)
     pairs = "difference" in kinds
     scenes, images = draw_world(split, n if limit is None else min(n, limit), options, pairs)
     examples = []
@@ -58,26 +62,33 @@ def load_world(source: str, part: str = "train", limit: int | None = None) -> li
                 asked = question(scene, kind, rng)
             except ValueError:  # "relation", and no object that can be told from the others
                 continue
-            row, shown = f"world:{split}#{i}", shown if kind == "difference" else shown[:1]
+            row, pictures = f"world:{split}#{i}", 2 if kind == "difference" else 1
+            shown = () if kind in forms.TEXT_ONLY else tuple(shown[:pictures])
             extra = {"scene": scene, **{k: asked[k] for k in ("program", "said") if k in asked}}
-            answer = str(asked["answer"])
-            examples.append(Example(asked["question"], answer, tuple(shown), kind, row, extra))
+            right = True
+            if teacher:
+                extra["completion"], right = forms.teach(teacher, scene, asked, rng)
+            if right or keep == "all":
+                answer = str(asked["answer"])
+                examples.append(Example(asked["question"], answer, shown, kind, row, extra))
             break
     return examples
 
 
 def question(scene: dict, kind: str, rng) -> dict:
-    """{"question", "answer", "program"} of either file; ValueError where it cannot be asked."""
-    return pointing.KINDS[kind](scene, rng) if kind in pointing.KINDS else \
-        world.ask(scene, kind, rng)  # fmt: skip
+    """{"question", "answer", "program"} of any file; ValueError where it cannot be asked."""
+    asks = {**pointing.KINDS, **forms.KINDS}
+    return asks[kind](scene, rng) if kind in asks else world.ask(scene, kind, rng)
 
 
-def parse_world(source: str, part: str) -> tuple[str, int, tuple[str, ...], dict]:
-    """Split, n, kinds of question and options of make_scenes. "world:A,n=500,seed=7" and
-    "world:A:n=500:seed=7" are the same; the second also fits where a comma ends a list item."""
+def parse_world(source: str, part: str) -> tuple:
+    """Split, n, kinds of question, teacher, keep, and a dict of make_scenes' options.
+    "world:A,n=500,seed=7" and "world:A:n=500:seed=7" are the same; the second also fits where a
+    comma ends a list item."""
     split, *words = re.split("[,:]", source.removeprefix("world:"))
     options = {"n": 1000, "ask": ("attribute" if split == "B" else "count",), "seed": 0}
     options |= {"part": part, "objects": (3, 10), "size": (112, 112), "look": None, "shapes": None}
+    options |= {"teacher": None, "keep": "all"}
     keys = [word.partition("=")[0] for word in words]
     for key, equals, value in (word.partition("=") for word in words):
         if keys.count(key) > 1:
@@ -90,12 +101,19 @@ def parse_world(source: str, part: str) -> tuple[str, int, tuple[str, ...], dict
         except ValueError as error:
             raise ValueError(f"{source}: cannot read {key}{equals}{value}") from error
     for kind in options["ask"]:
-        if kind not in (known := (*world.ASK, *pointing.KINDS)):
+        if kind not in (known := (*world.ASK, *pointing.KINDS, *forms.KINDS)):
             raise ValueError(f"{source}: no question {kind!r}{nearest(kind, known)}")
+    teacher, keep, kinds = (options.pop(key) for key in ("teacher", "keep", "ask"))
+    taught = ("count", "attribute", *forms.KINDS)
+    if teacher and (teacher not in forms.TEACHERS or {*kinds} - {*taught}):
+        raise ValueError(f"{source}: no teacher {teacher!r} who answers {'+'.join(kinds)}; there "
+                         f"are {', '.join(forms.TEACHERS)}, for {', '.join(taught)}")
+    if keep not in ("all", "right") or (keep == "right" and not teacher):
+        raise ValueError(f"{source}: keep is all, or right where there is a teacher")
     if options["n"] < 1 or len(options["objects"]) != 2 or len(options["size"]) != 2:
         raise ValueError(f"{source}: expected n of 1 or more, objects=3-10, size=112x112")
     check_size(source, *options["size"])
-    return split, options.pop("n"), options.pop("ask"), options
+    return split, options.pop("n"), kinds, teacher, keep, options
 
 
 def draw_world(split: str, n: int, options: dict, pairs=False) -> tuple[list[dict], np.ndarray]:
