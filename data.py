@@ -48,6 +48,7 @@ class Prompt:
     image_at: Tensor  # (I,) int64: places of the image tokens in ids
     example: Example
     text: str  # the whole prompt, with one <|image_pad|> for each image
+    opening: str = ""  # of the answer, with which ids and text end, see template.Template
     states: Tensor | None = None  # (P, E): what rollout.look made of the patches, which are gone
 
     @property
@@ -182,6 +183,14 @@ class Processor:
         """Token ids of ordinary text: "<|im_end|>" in it is text, not the end of a turn."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def target(self, text: str) -> list[int]:
+        """Ids of an answer with its end, as if sampled: without the template's opening, with which
+        it is to open (ValueError)."""
+        opening, end = self.template.opening, self.tokenizer.token_to_id(self.template.end)
+        if not text.startswith(opening):
+            raise ValueError(f"an answer opens with {text!r:.40}, the template's with {opening!r}")
+        return [*self.encode(text.removeprefix(opening)), end]
+
     def decode(self, ids: list[int]) -> str:
         """Text of a completion, up to its first stop token."""
         end = next((at for at, token in enumerate(ids) if token in self.stop_ids), len(ids))
@@ -232,18 +241,19 @@ class Processor:
         try:
             images = [open_image(source) for source in example.images]
             read = [self.read_image(image) for image in images]
+            example = self.seen(example, [image.shape[:2] for image in images])
+            ids, layout, image_at, text = self.tokens(example)
         except ValueError as error:
             raise ValueError(f"{example.row}: {error}") from error
         C = self.settings["patch_size"] ** 2 * 3 * self.settings["temporal_patch_size"]
-        example = self.seen(example, [image.shape[:2] for image in images])
-        ids, layout, image_at, text = self.tokens(example)
         if max_length is not None and len(ids) > max_length:
             raise ValueError(f"{example.row}: the prompt has {len(ids)} tokens ({len(image_at)} of "
                              f"images), at most {max_length} are allowed; none is cut")
         patches = np.concatenate([np.empty((0, C), np.float32), *(patches for patches, _ in read)])
         grid = torch.tensor([grid for _, grid in read], dtype=torch.int64).view(-1, 3)
         tensors = torch.tensor(ids), torch.from_numpy(patches), grid, mrope_positions(layout)
-        return Prompt(*tensors, torch.tensor(image_at, dtype=torch.int64), example, text)
+        image_at = torch.tensor(image_at, dtype=torch.int64)
+        return Prompt(*tensors, image_at, example, text, self.template.opening)
 
 
 def without_long(examples: Sequence, length, key: str, most: int | None, bad_rows: str) -> Sequence:

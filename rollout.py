@@ -103,7 +103,8 @@ class Rollout:
     """B prompts with G completions each. `ids` beyond `lengths` are 0 and mean nothing.
 
     ids (B, G, T) int64, lengths (B, G) int64 (the end token included), logp (B, G, T) float32 of
-    the sampled tokens, finished (B, G) bool (False: cut at max_new), texts B lists of G.
+    the sampled tokens, finished (B, G) bool (False: cut at max_new), texts B lists of G: each with
+    the opening of its prompt, which is none of the tokens.
     """
 
     prompts: list[Prompt]
@@ -177,7 +178,8 @@ def sample(
     room.run(model, prompts, slots)
     tensors = [x[:B].clone() for x in (room.ids, room.lengths, room.logp, room.finished)]
     pairs = zip(*(x.tolist() for x in tensors[:2]))
-    texts = [[processor.decode(x[:n]) for x, n in zip(*pair)] for pair in pairs]
+    texts = [[prompt.opening + processor.decode(x[:n]) for x, n in zip(*pair)]
+             for prompt, pair in zip(prompts, pairs)]  # fmt: skip
     return Rollout(prompts, *tensors, texts)
 
 

@@ -41,7 +41,7 @@ from config import opt, parse
 from data import Processor, Prompt, without_long
 from evaluate import load_evals
 from example import Example
-from grading import load_rewards
+from grading import leave_out, load_rewards
 from journal import Seconds
 from logbook import Logbook, announce, check_room
 from lora import PARTS, Learns
@@ -137,9 +137,17 @@ def taught(example: Example, text: str) -> Example:
     return replace(example, extra={**example.extra, "completion": text})
 
 
-def target_ids(processor: Processor, text: str) -> list[int]:
-    """Token ids of a completion with the end of turn, as the model would have sampled it."""
-    return [*processor.encode(text), processor.stop_ids[0]]
+def opened(processor: Processor, examples: Sequence, bad_rows: str = "refuse") -> Sequence:
+    """The examples whose completions open as the template's answers do: what it opens is read, and
+    only what follows is learnt. ValueError for others, unless bad_rows is skip."""
+    opening = processor.template.opening
+    bad = {i for i, example in enumerate(examples if opening else ())
+           if not completion_of(example).startswith(opening)}  # fmt: skip
+    if not bad:
+        return examples
+    told = (f"{len(bad)} of {len(examples)} completions do not open with the template's "
+            f"{opening!r}, the first is {examples[min(bad)].row}")
+    return leave_out(examples, bad, told, "take a template without {Answer}", bad_rows)
 
 
 def learnt_tokens(prompt: Prompt, target: list[int], mask: str) -> int:
@@ -161,7 +169,7 @@ def sft_loss(model: Qwen2VL, prompts: list[Prompt], targets: list[list[int]], to
 
 def targets_of(processor: Processor, prompts: list[Prompt], mask: str) -> tuple[list, int]:
     """The target ids of some prompts, and how many tokens of both the loss counts."""
-    targets = [target_ids(processor, completion_of(p.example)) for p in prompts]
+    targets = [processor.target(completion_of(p.example)) for p in prompts]
     return targets, sum(learnt_tokens(p, ids, mask) for p, ids in zip(prompts, targets))
 
 
@@ -169,10 +177,8 @@ def step_loss(model, processor, prompts: list[Prompt], cfg: Config) -> tuple[flo
     """Loss of the rows of all processes together, whose gradient is left in the model whatever
     `micro` is; the tokens that it learns, and deal.balance's evenness."""
 
-    def cost(prompt):
-        return deal.cost(prompt, len(target_ids(processor, completion_of(prompt.example))))
-
-    prompts, even = deal.balance(prompts, [cost(p) for p in prompts])
+    lengths = [len(processor.target(completion_of(p.example))) for p in prompts]
+    prompts, even = deal.balance(prompts, [*map(deal.cost, prompts, lengths)])
     targets, count = targets_of(processor, prompts, cfg.mask)
     tokens = int(parallel.total(torch.tensor(count, device=model.device)))
     found = torch.zeros((), dtype=torch.float64, device=model.device)
@@ -240,7 +246,7 @@ def held_out_loss(model, processor, examples: Sequence[Example], cfg: Config) ->
 def memory_plan(cfg: Config, start, processor, rows, evals) -> plan.Plan:
     """What this run needs in memory and on disk, before it needs it."""
     asked = plan.lengths(processor, rows, *evals.values())
-    new = max(len(target_ids(processor, completion_of(e))) for e in plan.spread(rows))
+    new = max(len(processor.target(completion_of(e))) for e in plan.spread(rows))
     if cfg.mask == "all":
         asked, new = {**asked, "tokens": asked["tokens"] + new}, 0
     return plan.of(read_config(Path(start)), plan.Work(
@@ -267,12 +273,13 @@ def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNames
                                               cfg.system, cfg.frame, cfg.gold_frame)
         loaded = load_examples(cfg.data, cfg.images, "train", bad_rows=cfg.bad_rows)
         held_out = load_examples(cfg.held_out, cfg.images, "val") if cfg.held_out else ()
+        held_out, rows = opened(processor, held_out), opened(processor, loaded, cfg.bad_rows)
         evals = load_evals(cfg.evals, cfg.scorer)
 
         def length(example: Example) -> int:
-            return processor.length(example) + len(target_ids(processor, completion_of(example)))
+            return processor.length(example) + len(processor.target(completion_of(example)))
 
-        rows = without_long(loaded, length, "max_length", cfg.max_length, cfg.bad_rows)
+        rows = without_long(rows, length, "max_length", cfg.max_length, cfg.bad_rows)
         steps = number_of_steps(cfg, len(rows))
         needs = memory_plan(cfg, start, processor, rows, evals)
         announce(needs, device, cfg, len(rows), steps, cfg.batch)

@@ -16,11 +16,15 @@ from boxes import View
 from config import nearest
 from rewards import ANSWER, THINK
 
+MARKS = ("{Question}", "{Image}", "{Frame}", "{Answer}", "{Base}")
+
 
 @dataclass(frozen=True)
 class Template:
     """user holds {Question}, {Image} where the pictures stand (without it: before the text), and
-    where boxes are asked for {Frame}: in what numbers, see frame_words.
+    where boxes are asked for {Frame}: in what numbers, see frame_words. What stands behind {Answer}
+    opens every answer: it is read, not sampled, and belongs to the text that is scored and shown.
+    A text that begins with {Base} is for a base model: no turns, so no system turn either.
 
     A row with a system message of its own has that instead of `system`.
     """
@@ -28,18 +32,44 @@ class Template:
     user: str
     system: str = "You are a helpful assistant."
 
+    @property
+    def opening(self) -> str:
+        return self.user.partition("{Answer}")[2]
+
+    @property
+    def end(self) -> str:
+        """The special token with which a model that is taught ends its answers."""
+        return "<|endoftext|>" if self.user.startswith("{Base}") else "<|im_end|>"
+
     def turns(self, problem: str, images: list, system=None, frame="") -> list[str | tuple]:
         """The prompt in pieces: ("<|im_start|>",) is a special token, a str is text that is encoded
-        by itself, and what `images` holds stands for pictures. No two texts are neighbours."""
-        before, marked, after = self.user.replace("{Frame}", frame).partition("{Image}")
+        by itself, and what `images` holds stands for pictures. No two texts are neighbours.
+        ValueError for a row's system message where there are no turns."""
+        asked = self.user.removeprefix("{Base}").partition("{Answer}")[0]
+        before, marked, after = asked.replace("{Frame}", frame).partition("{Image}")
         before, after = (before, after) if marked else ("", before)
         shown = [x for image in images for x in (("<|vision_start|>",), image, ("<|vision_end|>",))]
         before, after = (text.replace("{Question}", problem) for text in (before, after))
-        user = ["user\n" + before, *shown, after] if images else ["user\n" + before + after]
+        said = [before, *shown, after]
+        if self.user.startswith("{Base}"):
+            if system:
+                raise ValueError("it has a system message, and the {Base} template no place for it")
+            return merged([*said, self.opening])
         opened, closed = ("<|im_start|>",), ("<|im_end|>",)
-        turns = [opened, "system\n" + (system or self.system), closed, "\n", opened, *user, closed,
-                 "\n", opened, "assistant\n"]  # fmt: skip
-        return [piece for piece in turns if piece]
+        turns = [opened, "system\n" + (system or self.system), closed, "\n", opened, "user\n",
+                 *said, closed, "\n", opened, "assistant\n", self.opening]  # fmt: skip
+        return merged(turns)
+
+
+def merged(pieces: list[str | tuple]) -> list[str | tuple]:
+    """The pieces with texts that are neighbours as one, and without empty ones."""
+    found = []
+    for piece in filter(None, pieces):
+        if found and isinstance(piece, str) and isinstance(found[-1], str):
+            found[-1] += piece
+        else:
+            found.append(piece)
+    return found
 
 
 def frame_words(view: View) -> str:
@@ -119,7 +149,8 @@ TEMPLATES = {
 
 def find_template(name: str, system: str | None = None) -> Template:
     """One of TEMPLATES by name, or a text with {Question}; `system` goes before the template's.
-    ValueError for a text without {Question}, or with two places for the pictures."""
+    ValueError for a text without {Question}, with marks that stand twice or where they say nothing,
+    and for a system turn of a base model."""
     found = TEMPLATES.get(name) or Template(name)
     if "{Question}" not in found.user:
         raise ValueError(f"template {name!r}: neither a text with {{Question}} nor one of "
@@ -127,4 +158,11 @@ def find_template(name: str, system: str | None = None) -> Template:
     if found.user.count("{Image}") > 1:
         raise ValueError(f"template {name!r}: {{Image}} stands there twice; all pictures of a row "
                          "go to one place")
+    if any(mark in found.opening for mark in MARKS):
+        raise ValueError(f"template {name!r}: behind {{Answer}} stands how every answer opens, and "
+                         f"none of {', '.join(MARKS)}")
+    if "{Base}" in found.user.removeprefix("{Base}"):
+        raise ValueError(f"template {name!r}: {{Base}} is to be its first word")
+    if system is not None and found.user.startswith("{Base}"):
+        raise ValueError(f"system {system!r:.80}: the template is a base model's, without turns")
     return found if system is None else replace(found, system=system)

@@ -35,7 +35,6 @@ from sft import (
     number_of_steps,
     sft_loss,
     step_loss,
-    target_ids,
     taught,
 )
 
@@ -71,7 +70,7 @@ ROWS = [taught(example, text) for example, text in ROWS]
 def parts(processor, rows) -> tuple[list, list]:
     """Prompts and target ids."""
     prompts = [processor.prompt(example) for example in rows]
-    return prompts, [target_ids(processor, completion_of(example)) for example in rows]
+    return prompts, [processor.target(completion_of(example)) for example in rows]
 
 
 def loss_of(qwen, processor, rows, tokens, mask="completion"):
@@ -140,7 +139,7 @@ def test_boxes_are_learnt_in_the_frame_that_the_model_speaks():
 
 
 def test_a_target_ends_with_the_end_of_turn(processor):
-    ids = target_ids(processor, "red")
+    ids = processor.target("red")
     assert ids[:-1] == processor.encode("red")
     assert processor.tokenizer.id_to_token(ids[-1]) == "<|im_end|>"
 

@@ -145,6 +145,46 @@ def test_a_system_prompt_goes_before_the_templates_and_a_rows_before_both():
     assert find_template("r1v") is TEMPLATES["r1v"]
 
 
+def test_a_template_may_open_the_answer():
+    """What stands behind {Answer} is the model's turn, in one text with how that turn opens."""
+    found = find_template("{Question}!{Answer}<think> I see", "Be short.")
+    assert found.turns("Why?", [(1, 2, 2)]) == [
+        START, "system\nBe short.", END, "\n", START, "user\n", ("<|vision_start|>",), (1, 2, 2),
+        ("<|vision_end|>",), "Why?!", END, "\n", START, "assistant\n<think> I see",
+    ]  # fmt: skip
+    assert found.opening == "<think> I see" and found.end == "<|im_end|>"
+    assert find_template("r1v").opening == ""
+
+
+def test_a_base_models_prompt_has_no_turns():
+    shown = [("<|vision_start|>",), (1, 2, 2), ("<|vision_end|>",)]
+    text = "{Base}User: {Question}{Image}\nAssistant:{Answer} <think>"
+    found = find_template(text)
+    assert found.turns("Why?", []) == ["User: Why?\nAssistant: <think>"]
+    assert found.turns("Why?", [(1, 2, 2)]) == ["User: Why?", *shown, "\nAssistant: <think>"]
+    assert find_template("{Base}{Question}").turns("Why?", [(1, 2, 2)]) == [*shown, "Why?"]
+    assert found.end == "<|endoftext|>"
+
+
+def test_a_base_model_has_no_system_turn():
+    with pytest.raises(ValueError, match="a base model's, without turns"):
+        find_template("{Base}{Question}", system="Be short.")
+    with pytest.raises(ValueError, match="no place for it"):
+        find_template("{Base}{Question}").turns("Why?", [], "Be kind.")
+
+
+@pytest.mark.parametrize("text", ["{Question}{Answer}{Image}", "{Question}{Answer}<b>{Answer}",
+                                  "{Answer}{Question}", "{Question}{Answer}{Base}"])  # fmt: skip
+def test_marks_do_not_stand_behind_the_opening_of_an_answer(text):
+    with pytest.raises(ValueError, match=r"behind \{Answer\} stands how|neither a text with"):
+        find_template(text)
+
+
+def test_the_mark_of_a_base_model_is_the_first_word():
+    with pytest.raises(ValueError, match=r"\{Base\} is to be its first word"):
+        find_template("Hear: {Base}{Question}")
+
+
 def test_an_unknown_template_is_refused_and_the_nearest_named():
     with pytest.raises(ValueError, match=r"'r1v_evl'.*did you mean r1v_eval"):
         find_template("r1v_evl")
