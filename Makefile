@@ -20,7 +20,7 @@ RUN := $(PY) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --nproc_per_n
 ROWS = $(if $(DATA),--data "$(DATA)") $(if $(IMAGES),--images "$(IMAGES)")
 SOURCES = $(if $(MODEL),--model "$(MODEL)") $(ROWS)
 
-.PHONY: help train sft distill eval test test-all bench tiny tiny_boxes controls paper vlmr1 pictures clean .venv
+.PHONY: help train sft distill eval test test-all bench tiny tiny_boxes tiny_forms controls paper vlmr1 field pictures clean .venv
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -61,6 +61,9 @@ tiny: $(READY)  ## build the tiny checkpoint anew, from nothing, into tiny/ (abo
 tiny_boxes: $(READY)  ## build the second one, which points at things, into tiny_boxes/ (about 35 minutes)
 	$(PY) tiny_boxes.py --out tiny_boxes --replace
 
+tiny_forms: $(READY)  ## build the third one, which answers one question in four forms, into tiny_forms/ (about 8 minutes)
+	$(PY) tiny_forms.py --out tiny_forms --replace
+
 controls: $(READY)  ## the control runs of README's picture: more flawed SFT, clean SFT, format only
 	$(PY) controls.py $(ARGS)
 
@@ -70,11 +73,15 @@ paper: $(READY)  ## R1-V's claims in miniature: SFT on answers, on thoughts, and
 vlmr1: $(READY)  ## VLM-R1's claims in miniature: boxes by GRPO and by SFT, detection with and without a penalty
 	$(PY) vlmr1.py $(ARGS)
 
+field: $(READY)  ## eight systems in miniature, from one start: what each changes against plain GRPO
+	$(PY) field.py $(ARGS)
+
 pictures: $(READY)  ## README's pictures, from the world and from bench/controls.json
 	$(PY) world.py --sheet docs/worlds.png
 	$(PY) controls.py --plot_only
 	$(PY) paper.py --plot_only
 	$(PY) vlmr1.py --plot_only
+	$(PY) field.py --plot_only
 
 .venv: $(READY)  ## only install
 $(VENV)/ready: requirements.txt
