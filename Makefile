@@ -26,8 +26,8 @@ SOURCES = $(if $(MODEL),--model "$(MODEL)") $(ROWS)
 help:  ## list the targets
 	@grep -E '^[a-z0-9_.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-train: $(READY)  ## train by RECIPE (default recipes/tiny.toml); ARGS="--key value" overrides any key
-	$(RUN) grpo.py $(RECIPE) $(SOURCES) $(ARGS)
+train: $(READY)  ## train by RECIPE, of one stage or several (default recipes/tiny.toml); ARGS="--key value"
+	$(RUN) run.py $(RECIPE) $(SOURCES) $(ARGS)
 
 sft: RECIPE = recipes/sft_clevr_r1.toml
 sft: $(READY)  ## supervised fine-tuning by RECIPE (default recipes/sft_clevr_r1.toml)

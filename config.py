@@ -60,18 +60,30 @@ def read(Config, argv, doc=None):
     recipe, words = split_argv(Config, argv, doc)
     values = {}
     for key, value in (load_toml(recipe) if recipe else {}).items():
+        if key == "stage":
+            raise ValueError(f"{recipe}: holds stages; what runs them is python run.py {recipe}")
         if isinstance(value, dict):
             raise ValueError(f"{recipe}: [{key}]: a recipe is flat lines `key = value`, no tables")
-        field = find(Config, key, f"{recipe}: ")
-        value = None if value == "none" and kind_of(Config, key)[2] else value
-        values[key] = settle(Config, field, value, f"{recipe}: {key} = {show(value)}")
+        values[key] = told_value(Config, key, value, f"{recipe}: ")
     for key, word in words.items():
-        value = from_word(word, *kind_of(Config, key))
-        field = find(Config, key, "command line: --")
-        values[key] = settle(Config, field, value, f"command line: --{key} {cut(word)}")
+        values[key] = said_value(Config, key, word)
     cfg = Config(**values)
     validate(cfg)
     return cfg
+
+
+def told_value(Config, key, value, place):
+    """The value of a key as a recipe tells it; a ValueError opening with place if it is wrong."""
+    field = find(Config, key, place)
+    value = None if value == "none" and kind_of(Config, key)[2] else value
+    return settle(Config, field, value, f"{place}{key} = {show(value)}")
+
+
+def said_value(Config, key, word, name=None):
+    """The value of a key as a word of the command line spells it, where it is called --name."""
+    field = find(Config, key, "command line: --")
+    value = from_word(word, *kind_of(Config, key))
+    return settle(Config, field, value, f"command line: --{name or key} {cut(word)}")
 
 
 def validate(cfg):
@@ -107,12 +119,22 @@ def to_dict(cfg):
 
 def split_argv(Config, argv, doc):
     """(recipe or None, {key: word}). Only a word that ends in .toml can be the recipe."""
+    if {"-h", "--help"} & set(argv):
+        print(help_text(Config, doc))
+        raise SystemExit(0)
+
+    def kind(key):
+        find(Config, key, "command line: --")
+        return kind_of(Config, key)
+
+    return split_words(argv, kind)
+
+
+def split_words(argv, kind):
+    """(recipe or None, {key: word}); kind(key) is kind_of, or a ValueError for an unknown one."""
     recipe, words, rest = None, {}, list(argv)
     while rest:
         arg = rest.pop(0)
-        if arg in ("-h", "--help"):
-            print(help_text(Config, doc))
-            raise SystemExit(0)
         if not arg.startswith("--"):
             if not arg.endswith(".toml"):
                 raise ValueError(f"command line: {cut(arg)}: neither a key (--key value) nor "
@@ -122,9 +144,9 @@ def split_argv(Config, argv, doc):
             recipe = arg
             continue
         key, equals, word = arg[2:].partition("=")
-        find(Config, key, "command line: --")
+        is_flag = kind(key)[:2] == (bool, False)
         if not equals:
-            if kind_of(Config, key)[:2] == (bool, False):
+            if is_flag:
                 word = rest.pop(0) if rest and rest[0] in ("true", "false", "none") else "true"
             elif not rest or rest[0].startswith("--"):
                 raise ValueError(f"command line: --{key}: no value; write --{key} VALUE "

@@ -71,8 +71,9 @@ class Logbook:
     """Of the run `run`, by all its processes; the first one writes.
 
     state: what resuming needs beside model and optimizers, for JSON: "step" (the last that was
-    done), "before", "best" (of eval_saves: the highest mean over the evals of what the scorer gave)
-    and what the loop adds. shown: metrics of the progress bar. ValueError as told by
+    done), "before", with eval_saves "after" (of the last step that was saved as the end) and "best"
+    (the highest mean over the evals of what the scorer gave, of equals the later), and what the
+    loop adds. shown: metrics of the progress bar. ValueError as told by
     load_scorer and trackers.open_trackers.
     """
 
@@ -118,13 +119,13 @@ class Logbook:
         """Of a step, with its metrics and what all processes did in it."""
         state, cfg = self.state, self.cfg
         saves = step == self.total or step % cfg.save_every == 0
-        scores = saves and cfg.eval_saves and self.evals and step < self.total
+        scores = saves and cfg.eval_saves and self.evals
         if scores and not any(parallel.gathered(bool(self.stop.reason))):
-            found = self.score(f"step_{step:06d}")
-            row |= evaluated(found)
-            mean = sum(each["score"] for each in found.values()) / len(found)
-            if mean >= state.get("best", {}).get("score", -math.inf):
-                state["best"] = {"step": step, "score": mean}
+            if step == self.total:
+                self.end_score()
+            else:
+                row |= evaluated(found := self.score(f"step_{step:06d}"))
+                self.note_best(step, found)
         lap = self.seconds.lap()
         row |= {f"time/{name}": spent for name, spent in lap.items()
                 if name not in ("all", "setup")}
@@ -163,9 +164,27 @@ class Logbook:
             report.write(self.out, running=True)
             self.next_page = max(begin + REFRESH, begin + 50 * (time.monotonic() - begin))
 
+    def note_best(self, step: int, found: dict) -> None:
+        """Notes if a step that is saved is the best of all until now."""
+        mean = sum(each["score"] for each in found.values()) / len(found)
+        if mean >= self.state.get("best", {}).get("score", -math.inf):
+            self.state["best"] = {"step": step, "score": mean}
+
+    def end_score(self) -> dict:
+        """The evaluations of the end. With eval_saves they take part in what is the best, so they
+        are done, and kept, before the end is saved."""
+        kept = self.state.get("after") or {}
+        if kept.get("step") != self.total:
+            kept = {"step": self.total, "found": self.score("after")}
+            if self.cfg.eval_saves and self.evals:
+                self.state["after"] = kept
+                self.note_best(self.total, kept["found"])
+        return kept["found"]
+
     def close(self, **more) -> dict:
         """Evaluates the end; the summary, which is also summary.json, with `more` in it."""
-        after = self.score("after")
+        after = self.end_score()
+        more |= {"best": self.state["best"]} if "best" in self.state else {}
         seconds = {**self.seconds, "all": self.seconds.since_start()}
         seconds = {name: round(spent, 1) for name, spent in seconds.items()}
         summary = {"before": self.state["before"], "after": after, "steps": self.total,

@@ -1,0 +1,205 @@
+"""Run: the stages of a recipe, one after the other, in one folder and with one report.
+
+    python run.py recipes/vision_r1.toml --dry_run                # prints all stages, reads nothing
+    python run.py recipes/vision_r1.toml --model DIR --cold.lr 1e-5
+    make train GPUS=8 RECIPE=recipes/vision_r1.toml
+
+What a recipe is: stages.py. The same command goes on in the middle of any stage, and runs no stage
+again that has ended; of the last one it may ask for more steps. Another recipe never writes into
+the same folder: it goes to OUT_2, as a single run does.
+
+    runs/vision_r1/
+      recipe.json      path, note and stages
+      1_cold/          what the method of the stage writes, and its summary.json
+      2_grpo/
+      report.html      all stages as one page
+
+Training runs on all processes of torchrun, filters too; a step of distillation on the first one,
+while the others wait.
+"""
+
+import gc
+import json
+import sys
+import time
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import torch
+
+import distill
+import grpo
+import parallel
+import sft
+import sieve
+import stages
+from config import show, to_dict
+from journal import write_json
+from resume import FREE, take_lock
+from stages import Recipe, Stage
+
+RUNS = {"sft": sft.train, "grpo": grpo.train, "filter": sieve.sift}
+
+
+def main(argv=None) -> dict:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(words):
+        print(__doc__, stages.__doc__, sep="\n")
+        raise SystemExit(0)
+    try:
+        recipe = stages.read(words)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    if recipe.whole.dry_run:
+        print(recipe.text())
+        return {}
+    with parallel.together(), parallel.told(OSError):
+        return run(recipe)
+
+
+def run(recipe: Recipe) -> dict:
+    """Runs all stages that have not ended yet; {name: summary} of all of them."""
+    parallel.start()
+    if not recipe.stages[0].number:
+        return {recipe.stages[0].name: single(recipe)}
+    with parallel.told():
+        out, lock = open_whole(recipe)
+        left, found = {}, {}
+        for stage in recipe.stages:
+            cfg, folder = stage.ready(out, left), stage.folder(out)
+            if not parallel.gathered(ended(folder, cfg))[0]:
+                perform(stage, cfg, folder)
+            with parallel.agreed():
+                found[stage.name] = read_json(folder / "summary.json")
+                left[stage.name] = str(chosen(stage, out, found[stage.name]))
+        del lock  # held until here
+        return found
+
+
+def single(recipe: Recipe) -> dict:
+    """The only run of a recipe without stages, as its method's own command runs it."""
+    [stage] = recipe.stages
+    cfg = stage.ready(Path(recipe.whole.out), {})
+    if stage.method in stages.TRAINS:
+        cfg = replace(cfg, resume=recipe.whole.resume)
+    return RUNS[stage.method](cfg)
+
+
+def perform(stage: Stage, cfg, folder: Path) -> None:
+    """Runs a stage, or goes on with it, and lets go of its models."""
+    if parallel.rank() == 0:
+        print(f"\n== {stage.what} -> {folder}", flush=True)
+    if stage.method in RUNS:
+        RUNS[stage.method](cfg)
+    else:
+        distilled(stage, cfg, folder)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def distilled(stage: Stage, cfg, folder: Path) -> None:
+    """A step of distillation, by the first process."""
+    _, step = distill.STEPS[stage.step]
+    begin = time.monotonic()
+    write_json(to_dict(cfg), folder / "config.json")
+    if stage.step != "pack" or not Path(cfg.out).exists():  # a set is there if it is whole
+        step(cfg)
+    write_json({"seconds": {"all": round(time.monotonic() - begin, 1)}}, folder / "summary.json")
+
+
+# -------------------------------------------------------------------------------- where it goes on
+
+
+def open_whole(recipe: Recipe) -> tuple:
+    """(folder, its lock): new, or that of the same recipe, which goes on. All processes call it,
+    the first decides."""
+    found, error = (None, None), None
+    if parallel.rank() == 0:
+        try:
+            found = choose_whole(recipe)
+        except (ValueError, OSError) as e:
+            error = str(e)
+    parallel.agree(error)
+    return parallel.gathered(found[0])[0], found[1]
+
+
+def choose_whole(recipe: Recipe) -> tuple:
+    """The first of OUT, OUT_2 … that goes on, else a new one behind them."""
+    names = (Path(recipe.whole.out if n == 1 else f"{recipe.whole.out}_{n}") for n in count(1))
+    out = next(names)
+    while holds(out):
+        if recipe.whole.resume == "auto" and not (why := why_not(out, recipe)):
+            break
+        if recipe.whole.resume == "auto":
+            print(f"{out} is left alone: {why}", file=sys.stderr)
+        out = next(names)
+    if not (lock := take_lock(out)):
+        raise ValueError(f"{out} is being written by {(out / 'run.lock').read_text().strip()}; "
+                         "give this run another --out")
+    write_json({"recipe": recipe.path, "stages": [
+        {"folder": stage.folder(out).name, "what": stage.what, "choose": stage.choose,
+         "config": to_dict(stage.cfg)} for stage in recipe.stages]}, out / "recipe.json")
+    return out, lock
+
+
+def holds(out: Path) -> bool:
+    return any((out / name).exists() for name in ("recipe.json", "config.json"))
+
+
+def why_not(out: Path, recipe: Recipe) -> str | None:
+    """Why what lies in `out` is not this recipe, begun; None if it is."""
+    if not (out / "recipe.json").exists():
+        return "it holds a single run"
+    begun = {p.parent.name for p in out.glob("*/config.json")}
+    left = {}
+    for stage in recipe.stages:
+        cfg, folder = stage.ready(out, left), stage.folder(out)
+        if folder.name not in begun:
+            break
+        begun.remove(folder.name)
+        if other := differing(folder, cfg):
+            return f"its stage {folder.name} has {other}"
+        if not ended(folder, cfg):
+            break
+        left[stage.name] = str(chosen(stage, out, read_json(folder / "summary.json")))
+    return f"it has a stage {min(begun)} already" if begun else None
+
+
+def differing(folder: Path, cfg) -> str | None:
+    """In words, how the config of the stage in `folder` differs, but for keys that may change."""
+    there, now, start = read_json(folder / "config.json"), to_dict(cfg), to_dict(type(cfg)())
+    there = {**start, **there}
+    free = FREE if isinstance(cfg, sft.Config | grpo.Config) else sieve.FREE
+    other = [k for k in {**now, **there} if k not in free and there.get(k) != now.get(k)]
+    for key in {"steps", "epochs"} & now.keys():
+        if there[key] != now[key] and (None in (there[key], now[key]) or there[key] > now[key]):
+            other.append(key)
+    return ", ".join(f"{k} {show(there.get(k))}, not {show(now.get(k))}" for k in other)
+
+
+def ended(folder: Path, cfg) -> bool:
+    """Whether a stage has done all that its config asks for."""
+    if not (folder / "summary.json").exists():
+        return False
+    there, now = read_json(folder / "config.json"), to_dict(cfg)
+    return all(there.get(key) == now.get(key) for key in ("steps", "epochs"))
+
+
+def chosen(stage: Stage, out: Path, summary: dict) -> Path:
+    """What a stage has left: of a training stage the checkpoint that it chooses."""
+    if stage.method not in stages.TRAINS:
+        return stage.leaves(out)
+    step = summary["best"]["step"] if stage.choose == "best" else summary["steps"]
+    return stage.folder(out) / f"step_{step:06d}"
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_bytes())
+
+
+if __name__ == "__main__":
+    main()
