@@ -109,9 +109,9 @@ def captioned(scene, asked, seen, rng):
 
 
 def formal(scene, asked, seen, rng):
-    """Describes what is asked for as a table, then counts its rows."""
-    rows = "; ".join(f"{thing['shape']}, {thing['color']}, {thing['size']}" for thing in seen)
-    return thought(f"{rows or 'none'}: {len(seen)}", asked, seen)
+    """Describes what is asked for as a numbered table, then counts its rows."""
+    rows = "; ".join(f"{n}: {thing['shape']}, {thing['color']}" for n, thing in enumerate(seen, 1))
+    return thought(f"{rows or 'none'}. So {len(seen)}", asked, seen)
 
 
 # Name: (what he writes, with which probability he overlooks a small object).
