@@ -48,6 +48,7 @@ class Server:
     give_up: int = 20  # questions in a row that fail; then the server is taken for broken
     max_tokens: int = 4096
     temperature: float | None = None  # None: the server's own
+    extra: dict = field(default_factory=dict)  # keys of each request that OpenAI does not have
 
     def __post_init__(self):
         try:
@@ -170,8 +171,9 @@ class Asking:
             await self.turn()
             try:
                 reply = await client.chat.completions.with_raw_response.create(
-                    model=s.model, messages=messages, max_tokens=s.max_tokens, **options
-                )
+                    model=s.model, messages=messages, max_tokens=s.max_tokens,
+                    extra_body=s.extra or None, **options,
+                )  # fmt: skip
                 self.heard = True
                 return read_answer(reply.content)
             except self.openai.APIStatusError as error:

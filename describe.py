@@ -17,13 +17,17 @@ import json
 import random
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+from tqdm import tqdm
 
-from config import nearest
-from images import open_image
+from config import nearest, opt
+from evaluate import check_out
+from images import find_image, open_image
 from rows import load_examples
+from traces import whole
 
 ALL = "How many items are there in the described scene?"
 UNREAD = ("program", "relationships", "directions")  # most of what CLEVR's JSON holds
@@ -148,3 +152,46 @@ def messages(row: dict, template: str, system: str | None = None) -> list[dict]:
     text = re.sub("|".join(told), lambda match: told[match.group()], text)
     first = [{"role": "system", "content": system}] if system else []
     return [*first, {"role": "user", "content": text}]
+
+
+# ----------------------------------------------------------------------------------------- the step
+
+
+@dataclass(frozen=True)
+class Describe:
+    """Keys of `distill.py describe`."""
+
+    scenes: str | None = opt(None, "CLEVR's scenes, CLEVR_…_scenes.json")
+    questions: str | None = opt(None, "CLEVR's questions, CLEVR_…_questions.json")
+    images: str | None = opt(None, "folder of CLEVR's images: each must be there")
+    world: str | None = opt(None, "an embedded world instead, as world:A:n=1000")
+    out: str = opt("d/questions.jsonl", "file to write; a world's pictures go beside it")
+    limit: int | None = opt(None, "questions at most, drawn by seed (R1-V: 10,000)", least=1)
+    seed: int = opt(0, "fixes which, if there is a limit", least=0)
+
+    def check(self):
+        """ValueError unless there is one source, whole."""
+        if not ((self.scenes and self.questions) if self.world is None
+                else not (self.scenes or self.questions or self.images)):
+            raise ValueError("describe: give --scenes and --questions, or --world")
+
+
+def describe_scenes(cfg: Describe) -> None:
+    """Scenes to counting questions with a description in words."""
+    out = Path(cfg.out)
+    check_out(cfg.out, cfg.scenes, cfg.questions)
+    if cfg.world:
+        scenes, questions = load_drawn(cfg.world, out.parent, f"images/{out.stem}")
+    else:
+        scenes, questions = load_clevr(cfg.scenes, cfg.questions)
+    count = sum(1 for _ in counting_rows(scenes, questions))
+    if not count:
+        raise ValueError(f"{cfg.world or cfg.questions}: no question has how many or number in it")
+    rows = some(counting_rows(scenes, questions), count, cfg.limit, cfg.seed)
+    with whole(out) as file:
+        for row in tqdm(rows, "describe", min(count, cfg.limit or count), unit="question"):
+            if cfg.images:
+                find_image(row["image"], Path(cfg.images).resolve())
+            file.write(json.dumps(row) + "\n")
+    print(f"{out}: {min(count, cfg.limit or count)} of {count} counting questions on "
+          f"{len(scenes)} images")

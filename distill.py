@@ -6,14 +6,17 @@
     python distill.py query --data d/questions.jsonl --out d/answers.jsonl \\
         --base_url https://api.deepseek.com/v1 --teacher deepseek-reasoner
     python distill.py sample --data d/questions.jsonl --out d/answers.jsonl --teacher tiny --n 8
+    python distill.py bridge --data d/questions.jsonl --out d/answers.jsonl \\
+        --teacher qwen@http://127.0.0.1:8000/v1 --reasoner r1@http://127.0.0.1:8001/v1
     python distill.py verify --data d/answers.jsonl --out d/verified.jsonl
     python distill.py pack --data d/verified.jsonl --out d/sft
 
 Source: R1-V (src/distill_r1), which made MMInstruction/Clevr_CoGenT_TrainA_R1 so: DeepSeek-R1 reads
 the description of a scene and counts; what is right is kept, and "scene description" becomes
 "image". `sample` is rejection sampling instead (STaR, Zelikman et al. 2022, arXiv 2203.14465): a
-checkpoint looks at the images itself, several times. Each step can be killed and started again:
-`query` and `sample` go on where they were, the others write whole files or none.
+checkpoint looks at the images itself, several times. How other systems make their sets (`bridge`,
+`formal`, `caption`, `rewrite`, `judge`, `letters`) is in bridge.py. Each step can be killed and
+started again: those that ask go on where they were, the others write whole files or none.
 
 `python distill.py STEP --help` lists the keys of a step.
 """
@@ -24,68 +27,50 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import chat
+from boxes import View, gold_boxes
+from bridge import (
+    Caption,
+    Judge,
+    Letters,
+    Rewrite,
+    bridge,
+    caption,
+    formal,
+    judge,
+    letters,
+    rewrite,
+)
 from config import nearest, opt, parse
 from data import Processor
-from describe import PROMPTS, counting_rows, load_clevr, load_drawn, messages, some
+from describe import PROMPTS, Describe, describe_scenes, messages
 from evaluate import check_out, prompt_of
 from example import Example
-from images import find_image
+from grading import load_rewards, score_all, unfit
 from journal import newest_checkpoint
 from model import Qwen2VL
-from pack import picture, write_set
-from rollout import Rollout
+from pack import Pack, bring, names_of, pack, pictures, question_of
+from rewards import final_answer
 from rollout import sample as sample_completions
 from rows import load_examples
-from traces import judged, need, of_image, read_rows, resumed, split_thought, whole
-
-# ------------------------------------------------------------------------------------- describe
-
-
-@dataclass(frozen=True)
-class Describe:
-    """Keys of `distill.py describe`."""
-
-    scenes: str | None = opt(None, "CLEVR's scenes, CLEVR_…_scenes.json")
-    questions: str | None = opt(None, "CLEVR's questions, CLEVR_…_questions.json")
-    images: str | None = opt(None, "folder of CLEVR's images: each must be there")
-    world: str | None = opt(None, "an embedded world instead, as world:A:n=1000")
-    out: str = opt("d/questions.jsonl", "file to write; a world's pictures go beside it")
-    limit: int | None = opt(None, "questions at most, drawn by seed (R1-V: 10,000)", least=1)
-    seed: int = opt(0, "fixes which, if there is a limit", least=0)
-
-    def check(self):
-        """ValueError unless there is one source, whole."""
-        if not ((self.scenes and self.questions) if self.world is None
-                else not (self.scenes or self.questions or self.images)):
-            raise ValueError("describe: give --scenes and --questions, or --world")
-
-
-def describe(cfg: Describe) -> None:
-    """Scenes to counting questions with a description in words, see describe.py."""
-    out = Path(cfg.out)
-    check_out(cfg.out, cfg.scenes, cfg.questions)
-    if cfg.world:
-        scenes, questions = load_drawn(cfg.world, out.parent, f"images/{out.stem}")
-    else:
-        scenes, questions = load_clevr(cfg.scenes, cfg.questions)
-    count = sum(1 for _ in counting_rows(scenes, questions))
-    if not count:
-        raise ValueError(f"{cfg.world or cfg.questions}: no question has how many or number in it")
-    rows = some(counting_rows(scenes, questions), count, cfg.limit, cfg.seed)
-    with whole(out) as file:
-        for row in tqdm(rows, "describe", min(count, cfg.limit or count), unit="question"):
-            if cfg.images:
-                find_image(row["image"], Path(cfg.images).resolve())
-            file.write(json.dumps(row) + "\n")
-    print(f"{out}: {min(count, cfg.limit or count)} of {count} counting questions on "
-          f"{len(scenes)} images")
-
+from teachers import Reasons, completions, joined
+from traces import (
+    judged,
+    need,
+    read_rows,
+    reflections,
+    resumed,
+    split_thought,
+    tell_failed,
+    tell_reasons,
+    whole,
+)
 
 # ---------------------------------------------------------------------------------------- query
 
@@ -130,16 +115,13 @@ def query(cfg: Query) -> None:
 
         def keep(asked: tuple[str, int], answer: chat.Answer):
             name, k = asked
-            append({**rows[name], "sample": k, "teacher": cfg.teacher, "text": written(answer),
+            bring(rows[name], cfg.data, cfg.out)
+            append({**rows[name], "sample": k, "teacher": cfg.teacher, "text": joined("", answer),
                     "finish": answer.finish, "tokens": answer.tokens})  # fmt: skip
 
         requests = ((at, messages(rows[at[0]], cfg.template, cfg.system)) for at in left)
         failed = chat.ask_all(server, requests, keep, len(left), "query")
-    if failed:
-        told = [f"{name} ({k}): {why}" for (name, k), why in list(failed.items())[:20]]
-        told += [f"and {len(failed) - 20} more"] * (len(failed) > 20)
-        raise ValueError("\n  ".join([f"{len(failed)} of {len(left)} questions got no answer; the "
-                                      "same command asks them again", *told]))
+    tell_failed(failed, len(left))
     print(f"{cfg.out}: complete")
 
 
@@ -158,13 +140,6 @@ def load_questions(cfg: Query) -> Iterator[dict]:
         raise ValueError(f"{cfg.data}: no rows")
 
 
-def written(answer: chat.Answer) -> str:
-    """An answer as one text: thoughts that came apart from it stand in <think>…</think>."""
-    if not answer.thoughts.strip():
-        return answer.text
-    return f"<think>\n{answer.thoughts.strip()}\n</think>\n\n{answer.text.strip()}"
-
-
 # --------------------------------------------------------------------------------------- sample
 
 
@@ -173,7 +148,7 @@ class Sample:
     """Keys of `distill.py sample`."""
 
     teacher: str = opt("runs", "checkpoint folder, or a run, or a folder of runs: the newest in it")
-    data: str = opt("d/questions.jsonl", "questions of describe, or any rows with one image each")
+    data: str = opt("d/questions.jsonl", "questions of describe, or any rows")
     images: str | None = opt(None, "folder of the images; default: beside the data")
     out: str = opt("d/answers.jsonl", "answers are added to this file; pictures that are no files "
                                       "go beside it")
@@ -221,43 +196,31 @@ def sample(cfg: Sample) -> None:
                     model, processor, [processor.prompt(example) for example in some], cfg.n,
                     cfg.max_new, cfg.temperature, cfg.seed, uids, cfg.top_p,
                 )  # fmt: skip
-            for i, example, answers in zip(uids, some, completions(out)):
+            for i, prompt, answers in zip(uids, out.prompts, completions(out)):
                 row = dict(zip(("id", "problem", "solution"), asked[i]), teacher=folder)
-                row["image"] = picture(example, f"{i:06d}_{asked[i][0]}", Path(cfg.out))
+                row |= pictures(prompt.example, f"{i:06d}_{asked[i][0]}", Path(cfg.out))
+                row |= said_of(prompt.example)
                 for k, answer in enumerate(answers):
                     if (row["id"], k) not in done:
                         append({**row, "sample": k, **answer})
     print(f"{cfg.out}: complete")
 
 
-def question_of(example: Example) -> tuple[str, str, str]:
-    """(id, problem, solution) of a row. A described scene is asked about as what is seen.
-    ValueError unless it has one image, which is what the set to learn holds."""
-    if len(example.images) != 1:
-        raise ValueError(f"{example.row}: has {len(example.images)} images; distillation takes "
-                         "rows with one")
-    problem = of_image(example.problem) if "description" in example.extra else example.problem
-    return str(example.extra.get("id") or example.row), problem, example.solution
-
-
-def completions(out: Rollout) -> list[list[dict]]:
-    """The answers of a rollout, for each prompt and sample, as their part of an answer row."""
-    pairs = zip(out.texts, out.finished.tolist(), out.lengths.tolist())
-    return [[{"text": text, "finish": "stop" if ended else "length", "tokens": tokens}
-             for text, ended, tokens in zip(*pair)] for pair in pairs]  # fmt: skip
-
-
-# --------------------------------------------------------------------------------- verify, pack
+# --------------------------------------------------------------------------------------- verify
 
 
 @dataclass(frozen=True)
 class Verify:
     """Keys of `distill.py verify`."""
 
-    data: str = opt("d/answers.jsonl", "answers, as query and sample write them")
+    data: str = opt("d/answers.jsonl", "answers, as all steps before it write them")
     out: str = opt("d/verified.jsonl", "file to write; the rest goes to …_rejected.jsonl beside it")
     keep: int | None = opt(1, "answers of a question at most, the first that hold; none: all",
                            least=1)
+    rewards: tuple[str, ...] = opt((), "rewards as in grpo.py, each of which is to be at least "
+                                       "`least`; default: what a text states after its thought is "
+                                       "compared with the solution")
+    least: float = opt(1.0, "of each of the rewards")
 
 
 def verify(cfg: Verify) -> Counter:
@@ -266,15 +229,19 @@ def verify(cfg: Verify) -> Counter:
     out, rest = Path(cfg.out), Path(cfg.out).with_suffix("").as_posix() + "_rejected.jsonl"
     for name in (cfg.out, rest):
         check_out(name, cfg.data)
-    found = []
-    for place, row in tqdm(read_rows(cfg.data), "verify", unit="answer"):
-        need(row, cfg.data, place, "id", "problem", "solution", "text", "image")
-        reason, stated = judged(row)
-        thought = hash(" ".join((split_thought(row["text"]) or ("",))[0].split()))
-        found.append((natural(row["id"]), row.get("sample", 0), place, thought, stated, reason))
+    loaded, found = load_rewards(cfg.rewards) if cfg.rewards else [], []
+    rows = iter(tqdm(read_rows(cfg.data), "verify", unit="answer"))
+    while some := list(islice(rows, 256)):
+        for place, row in some:
+            need(row, cfg.data, place, "id", "problem", "solution", "text")
+        said = [row for _, row in some]
+        verdicts = rewarded(said, loaded, cfg.least) if loaded else map(judged, said)
+        for (place, row), (reason, stated) in zip(some, verdicts):
+            thought = hash(" ".join((split_thought(row["text"]) or (row["text"],))[0].split()))
+            found.append((natural(row["id"]), row.get("sample", 0), place, thought, stated, reason))
     if not found:
         raise ValueError(f"{cfg.data}: no answers")
-    counts, kept, said = Counter(), Counter(), set()
+    counts, kept, said, back = Counter(), Counter(), set(), []
     with open(cfg.data, "rb") as answers, whole(out) as good, whole(rest) as bad:
         for name, _, place, thought, stated, reason in sorted(found, key=lambda item: item[:3]):
             if reason is None and (name, thought) in said:
@@ -287,14 +254,50 @@ def verify(cfg: Verify) -> Counter:
             row |= {"reason": reason} if reason else {}
             (bad if reason else good).write(json.dumps(row) + "\n")
             if reason is None:
+                bring(row, cfg.data, cfg.out)
                 kept[name] += 1
                 said.add((name, thought))
+                back.append(reflections((split_thought(row["text"]) or ("",))[0]))
     print(f"{out}: {counts[None]} of {len(found)} answers hold ({counts[None] / len(found):.1%}), "
           f"for {len(kept)} of {len({name for name, *_ in found})} questions")
-    for reason, count in counts.most_common():
-        if reason:
-            print(f"  {count:6d}  {reason}")
+    tell_reasons(counts)
+    if back:
+        words = [f"{word} {n / len(back):.2f}" for word, n in sum(back, Counter()).most_common()]
+        print(f"  words of reflection in a kept thought: {', '.join(words) or 'none'}; "
+              f"{sum(map(bool, back)) / len(back):.1%} of them have one")
     return counts
+
+
+def rewarded(rows: list[dict], loaded: list, least: float) -> list[tuple[str | None, str | None]]:
+    """As judged for each row, but by rewards of the whole text. Boxes are read in the frames of
+    their row (see said_of)."""
+    examples = []
+    for row in rows:
+        frame, gold, sizes = row.get("view") or ("pixels", "pixels", ())
+        view = View(frame, gold, tuple(map(tuple, sizes)))
+        extra = {key: value for key, value in row.items() if key != "frame"}
+        asked = row["problem"], row["solution"], tuple(names_of(row)), str(row.get("task") or "")
+        examples.append(Example(*asked, row["id"], extra, view))
+    texts, lengths = [row["text"] for row in rows], [row.get("tokens") for row in rows]
+    verdicts = []
+    for row, example, *values in zip(rows, examples, *score_all(loaded, texts, examples, lengths)):
+        reason = f"a reward below {least:g}" if None in values or min(values) < least else None
+        if any(unfit(function, example) for _, function, _ in loaded):
+            reason = "a solution that the rewards cannot read"
+        if row.get("finish") not in (None, "stop"):
+            reason = f"cut off ({row['finish']})"
+        verdicts.append((reason, final_answer(row["text"])))
+    return verdicts
+
+
+def said_of(example: Example) -> dict:
+    """Columns of a sampled row without which rewards could not read its boxes: the frames that were
+    spoken and asked for, the sizes of the pictures; and what names the reward of a row."""
+    names = ("task", "accu_reward_method", "box_image")
+    found = {key: example.extra[key] for key in names if key in example.extra}
+    if gold_boxes(example):
+        found["view"] = [example.view.frame, example.view.gold, example.view.sizes]
+    return found
 
 
 def natural(name: str) -> tuple:
@@ -303,25 +306,10 @@ def natural(name: str) -> tuple:
     return tuple(int(part) if i % 2 else part for i, part in enumerate(parts))
 
 
-@dataclass(frozen=True)
-class Pack:
-    """Keys of `distill.py pack`."""
-
-    data: str = opt("d/verified.jsonl", "answers to learn from, as verify writes them")
-    images: str | None = opt(None, "folder of the images; default: beside the data")
-    out: str = opt("d/sft", "folder to write")
-    shard: int = opt(10_000, "rows of a parquet file", least=1)
-
-
-def pack(cfg: Pack) -> None:
-    """Writes the set to learn, see pack.py."""
-    check_out(f"{cfg.out}/rows.jsonl", cfg.data)
-    base = Path(cfg.images or Path(cfg.data).parent)
-    print(f"{cfg.out}: {write_set(cfg.data, base, Path(cfg.out), cfg.shard)} rows")
-
-
-STEPS = {"describe": (Describe, describe), "query": (Query, query), "sample": (Sample, sample),
-         "verify": (Verify, verify), "pack": (Pack, pack)}  # fmt: skip
+STEPS = {"describe": (Describe, describe_scenes), "query": (Query, query),
+         "sample": (Sample, sample), "bridge": (Reasons, bridge), "formal": (Reasons, formal),
+         "caption": (Caption, caption), "rewrite": (Rewrite, rewrite), "judge": (Judge, judge),
+         "verify": (Verify, verify), "letters": (Letters, letters), "pack": (Pack, pack)}
 
 
 def main(argv=None):

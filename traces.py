@@ -13,6 +13,7 @@ the clearest statement in it wins. Its time is linear in the text's length.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,22 @@ def whole(path: str | Path):
     with open(part, "w", encoding="utf-8") as file:
         yield file
     part.replace(path)
+
+
+def tell_reasons(counts: Counter) -> None:
+    """Prints how many rows are left out for each reason, None being that there is none."""
+    for reason, count in counts.most_common():
+        if reason:
+            print(f"  {count:6d}  {reason}")
+
+
+def tell_failed(failed: dict[tuple, str], asked: int) -> None:
+    """ValueError that names the first 20 of those that got no answer: {(id, which): reason}."""
+    if failed:
+        told = [f"{name} ({k}): {why}" for (name, k), why in list(failed.items())[:20]]
+        told += [f"and {len(failed) - 20} more"] * (len(failed) > 20)
+        raise ValueError("\n  ".join([f"{len(failed)} of {asked} questions got no answer; the "
+                                      "same command asks them again", *told]))
 
 
 @contextmanager
@@ -236,13 +253,15 @@ def judged(row: dict) -> tuple[str | None, str | None]:
     return (None if whole else "tags in the thought"), stated
 
 
-SCENE = re.compile(r"\b(a )?(?:scene['’]?s? descriptions?|described scene|"
-                   r"descriptions? of the scene)\b", re.IGNORECASE)  # fmt: skip
+SEEN = "(?:scene|image|picture)"
+SCENE = re.compile(rf"\b(a )?(?:{SEEN}['’]?s? descriptions?|described {SEEN}|descriptions? of the "
+                   rf"{SEEN}|(?<=\bthe )(?:given |provided )?description(?! of))\b",
+                   re.IGNORECASE)  # fmt: skip
 
 
 def of_image(text: str) -> str:
     """text with "scene description" and its like become "image", as in R1-V's set: who learns from
-    it sees the picture."""
+    it sees the picture. More than R1-V's: "the description" alone, "description of the image"."""
     def image(match: re.Match) -> str:
         start = text[max(0, match.start() - 20) : match.start()].rstrip(" *#\"'")
         opens = match.group()[0].isupper() and (not start or start[-1] in ".!?:\n")
@@ -253,15 +272,38 @@ def of_image(text: str) -> str:
     return SCENE.sub(image, text)
 
 
-def to_learn(row: dict) -> dict:
+def to_learn(row: dict, learn: str = "gold") -> dict:
     """{"problem", "thinking", "solution"} of an answer row, as in MMInstruction/
-    Clevr_CoGenT_TrainA_R1: "<think>…</think>" and "<answer> 5 </answer>". ValueError where there is
-    no thought."""
-    if not (split := split_thought(row["text"])):
-        raise ValueError("the answer has no thought; is it verified?")
-    thought = split[0]
-    problem = row["problem"]
-    if row.get("description"):  # the teacher read it; the pupil will look at the image
-        thought, problem = of_image(thought), of_image(problem)
+    Clevr_CoGenT_TrainA_R1: "<think>…</think>" and "<answer> 5 </answer>". With learn="text"
+    {"problem", "completion", "solution"}, whose completion is the answer letter by letter.
+    ValueError where there is no thought, but for a text."""
+    # Where there is a description the teacher read it; the pupil will look at the image.
+    seen = of_image if row.get("description") else str
     solution = f"{ANSWER[0]} {gold_answer(row['solution'])} {ANSWER[1]}"
-    return {"problem": problem, "thinking": f"{THINK[0]}{thought}{THINK[1]}", "solution": solution}
+    told = {"problem": seen(row["problem"]), "solution": solution}
+    if learn == "text":
+        return {**told, "completion": seen(row["text"].strip())}
+    if not (split := split_thought(row["text"])):
+        raise ValueError("the answer has no thought; is it verified? (--learn text needs none)")
+    return {**told, "thinking": f"{THINK[0]}{seen(split[0])}{THINK[1]}"}
+
+
+def tagged(thought: str, answer: str) -> str:
+    """An answer as it is asked for: <think>…</think>, a blank line, <answer> … </answer>."""
+    return f"{THINK[0]}{thought}{THINK[1]}\n\n{ANSWER[0]} {answer} {ANSWER[1]}"
+
+
+def after_thought(text: str) -> str:
+    """What was said after the thoughts, or all where there are none."""
+    split = split_thought(text)
+    return split[1] if split else text.strip()
+
+
+# Words in which a thought turns back; Vision-R1 counts "wait" and its like. The list is ours.
+BACK = re.compile(r"\b(wait|hmm+|alternatively|on second thought|let me (?:re)?check|"
+                  r"let me verify|double-check|look again|mistake)\b", re.IGNORECASE)  # fmt: skip
+
+
+def reflections(thought: str) -> Counter:
+    """How often a thought turns back, by the words in which it does."""
+    return Counter(re.sub("^hm+$", "hmm", word.lower()) for word in BACK.findall(thought))

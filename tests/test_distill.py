@@ -315,13 +315,23 @@ def test_any_rows_can_be_sampled(checkpoint, folder):
     assert np.array_equal(open_image(f"e/{row['image']}"), picture(0, 56, 56))
 
 
-def test_rows_that_cannot_be_sampled_are_named(checkpoint):
-    Image.fromarray(picture(0, 56, 56)).save("a.png")
-    row = {"problem": "How?", "solution": "3", "image": ["a.png", "a.png"]}
-    write("x.jsonl", [row])
+def test_rows_with_several_pictures_or_none_are_sampled(checkpoint):
+    for i in range(2):
+        Image.fromarray(picture(i, 56, 56)).save(f"{i}.png")
+    rows = [{"problem": "How?", "solution": "3", "images": ["0.png", "1.png"]},
+            {"problem": "2 + 2?", "solution": "4", "system": "Count."}]  # fmt: skip
+    write("x.jsonl", rows)
+    sample(checkpoint, "--data", "x.jsonl", "--out", "e/a.jsonl", "--n", "1")
+    several, none = read("e/a.jsonl")
+    assert several["images"] == [f"images/a/000000_x.jsonl_1_{i}.png" for i in range(2)]
+    for i, name in enumerate(several["images"]):
+        assert np.array_equal(open_image(f"e/{name}"), picture(i, 56, 56))
+    assert not {"image", "images"} & none.keys() and none["solution"] == "4"
+
+
+def test_two_rows_of_one_name_are_refused(checkpoint):
+    write("x.jsonl", [{"problem": "How?", "solution": "3", "id": "same"}] * 2)
     argv = ["sample", "--teacher", checkpoint, "--data", "x.jsonl"]
-    assert "x.jsonl:1: has 2 images; distillation takes rows with one" in refused(argv)
-    write("x.jsonl", [{**row, "image": "a.png", "id": "same"}] * 2)
     assert "two rows have the same id" in refused(argv)
 
 

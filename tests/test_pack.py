@@ -12,8 +12,7 @@ from tiny_checkpoint import picture
 import shards
 from example import Example
 from images import open_image
-from pack import picture as keep_picture
-from pack import write_set
+from pack import bring, pictures, write_set
 from rows import load_examples
 
 
@@ -130,7 +129,7 @@ def test_a_picture_that_is_no_file_is_written(tmp_path):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     for i, source in enumerate((pixels, buffer.getvalue(), Image.fromarray(pixels))):
-        name = keep_picture(Example("", "", (source,)), f"{i:06d}_a/b c#1", out)
+        name = pictures(Example("", "", (source,)), f"{i:06d}_a/b c#1", out)["image"]
         assert name == f"images/answers/{i:06d}_a_b_c_1.png"
         assert np.array_equal(open_image(str(tmp_path / "d" / name)), pixels)
 
@@ -141,8 +140,8 @@ def test_a_file_is_named_where_it_is_or_brought_here(tmp_path):
     here, there = tmp_path / "d" / "x" / "a.png", tmp_path / "b.png"
     for path in (here, there):
         Image.fromarray(picture(0, 30, 40)).save(path)
-    assert keep_picture(Example("", "", (str(here),)), "n", out) == "x/a.png"
-    name = keep_picture(Example("", "", (str(there),)), "n", out)
+    assert pictures(Example("", "", (str(here),)), "n", out) == {"image": "x/a.png"}
+    name = pictures(Example("", "", (str(there),)), "n", out)["image"]
     assert name == "images/answers/n.png"
     assert (tmp_path / "d" / name).read_bytes() == there.read_bytes()
 
@@ -154,8 +153,8 @@ def test_a_copy_of_a_picture_is_no_link_and_takes_the_place_of_an_old_one(verifi
     old, new = here / "images" / "q" / "0.png", here / "images" / "q" / "1.png"
     assert not old.samefile(here / "sft" / "images" / "q" / "0.png")
     for path in (old, new):
-        name = keep_picture(Example("", "", (str(path),)), "n", here.parent / "e" / "answers.jsonl")
-        copy = here.parent / "e" / name
+        row = pictures(Example("", "", (str(path),)), "n", here.parent / "e" / "answers.jsonl")
+        copy = here.parent / "e" / row["image"]
         assert copy.read_bytes() == path.read_bytes() and not copy.samefile(path)
         assert [p.name for p in copy.parent.iterdir()] == ["n.png"]
 
@@ -173,3 +172,56 @@ def test_two_pictures_never_become_one(verified):
     assert not (here / "sft").exists()
     (here / "q" / "0.png").write_bytes((here / "images" / "q" / "0.png").read_bytes())
     assert write_set(verified, here, here / "sft") == 2
+
+
+# --------------------------------------------------------------- several pictures, none, and texts
+
+
+def test_rows_without_a_picture_and_with_several_are_one_set(verified):
+    """A column "images" takes the place of "image"; the order in it is the row's."""
+    here, text = verified.parent, "<think>a</think>1"
+    names = ["images/q/2.png", "images/q/0.png"]
+    rows = [{}, {"image": names[0]}, {"images": names}]
+    rows = [{"problem": f"{len(row)}?", "solution": "1", "text": text, **row} for row in rows]
+    verified.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert write_set(verified, here, here / "sft") == 3
+    schema = pq.read_schema(next((here / "sft" / "data").iterdir()))
+    features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    assert schema.names == ["images", "problem", "thinking", "solution"]
+    assert features["images"] == {"feature": {"_type": "Image"}, "_type": "Sequence"}
+    for source in ("sft", "sft/rows.jsonl"):
+        found = load_examples(str(here / source))
+        assert [len(example.images) for example in found] == [0, 1, 2]
+        shown = [open_image(image) for image in found[2].images]
+        assert [np.array_equal(a, picture(i, 56, 84)) for a, i in zip(shown, (2, 0))] == [True] * 2
+        assert found[0].extra["thinking"] == "<think>a</think>"
+
+
+def test_a_set_of_texts_holds_answers_to_the_letter(verified):
+    here = verified.parent
+    rows = [{"problem": "2 + 2?", "solution": "4", "text": "It is <answer>4.0</answer>"}]
+    verified.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert write_set(verified, here, here / "sft", learn="text") == 1
+    for source in ("sft", "sft/rows.jsonl"):
+        (found,) = load_examples(str(here / source))
+        assert found.extra["completion"] == "It is <answer>4.0</answer>"
+        assert (found.problem, found.solution) == ("2 + 2?", "<answer> 4 </answer>")
+
+
+def test_pictures_follow_rows_into_another_folder(verified):
+    """By the same name, as copies; what is not there stays away, and no other is replaced."""
+    here, there = verified.parent, verified.parent.parent / "e"
+    row = {"images": ["images/q/0.png", "elsewhere/a.png"]}
+    for _ in range(2):
+        bring(row, str(verified), str(there / "out.jsonl"))
+    files = [path for path in there.rglob("*") if path.is_file()]
+    assert files == [there / "images" / "q" / "0.png"]
+    assert files[0].read_bytes() == (here / "images" / "q" / "0.png").read_bytes()
+    assert not files[0].samefile(here / "images" / "q" / "0.png")
+    files[0].write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"0.png: another picture of that name is there"):
+        bring(row, str(verified), str(there / "out.jsonl"))
+    assert files[0].read_bytes() == b"mine"
+    bring(row, str(verified), str(here / "out.jsonl"))  # the same folder: nothing to do
+    with pytest.raises(ValueError, match="must be a path below"):
+        bring({"image": str(files[0])}, str(verified), str(there / "x" / "out.jsonl"))

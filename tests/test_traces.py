@@ -7,13 +7,17 @@ import pytest
 
 from rewards import format
 from traces import (
+    after_thought,
     judged,
     need,
     of_image,
     read_rows,
+    reflections,
     resumed,
     split_thought,
     stated_answer,
+    tagged,
+    tell_failed,
     to_learn,
     whole,
 )
@@ -173,10 +177,10 @@ def test_an_answer_is_found_in_every_form(text, stated):
 def test_no_text_takes_long(piece):
     """200,000 characters; what is quadratic would take minutes."""
     text = piece * (200_000 // len(piece))
-    begin = time.perf_counter()
-    split_thought(text), stated_answer(text), of_image(text)
+    begin = time.process_time()
+    split_thought(text), stated_answer(text), of_image(text), reflections(text)
     judged({"text": f"<think>{text}</think>{text}", "solution": "5", "problem": "", "id": ""})
-    assert time.perf_counter() - begin < 3
+    assert time.process_time() - begin < 3
 
 
 # ------------------------------------------------------------------------- verdicts, rows to learn
@@ -212,6 +216,9 @@ def test_a_verdict_has_its_reason(text, reason, stated):
     ("the scene's description, the scene’s description", "the image, the image"),
     ("descriptions of the scene; two scene descriptions", "images; two images"),
     ("the description of the scene", "the image"),
+    ("The image description; a description of the picture", "The image; an image"),
+    ("From the description, and the given description: 5", "From the image, and the image: 5"),
+    ("the description of the red cube", "the description of the red cube"),
     ("the scene", "the scene"), ("obscene description", "obscene description"), ("", ""),
 ])  # fmt: skip
 def test_the_scene_description_becomes_the_image(text, image):
@@ -234,3 +241,39 @@ def test_a_row_to_learn_is_of_the_hubs_form():
 def test_a_row_that_was_not_verified_is_refused():
     with pytest.raises(ValueError, match="has no thought; is it verified"):
         to_learn({"id": "a", "problem": "", "solution": "5", "text": "5"})
+
+
+def test_an_answer_can_be_learnt_to_the_letter():
+    """With a thought or without; who has read a description learns to speak of the image."""
+    row = {"problem": "How many?", "solution": "5", "text": " <answer>5.0</answer>\n"}
+    assert to_learn(row, "text") == {"problem": "How many?", "solution": "<answer> 5 </answer>",
+                                     "completion": "<answer>5.0</answer>"}  # fmt: skip
+    row |= {"text": "<think>The description says 5</think>5", "description": "A cube"}
+    assert to_learn(row, "text")["completion"] == "<think>The image says 5</think>5"
+    with pytest.raises(ValueError, match="no thought; is it verified. .--learn text needs none"):
+        to_learn({**row, "text": "5"})
+
+
+def test_thoughts_are_put_before_an_answer_and_taken_off():
+    text = tagged("2 + 3", "5")
+    assert text == "<think>2 + 3</think>\n\n<answer> 5 </answer>"
+    assert format(text, None) == 1
+    assert after_thought(text) == "<answer> 5 </answer>"
+    assert after_thought(" a cube \n") == "a cube"
+
+
+def test_words_of_reflection_are_counted():
+    thought = ("Wait, 3? Hmm. Hmmm: let me recheck. Alternatively, on second thought 4; wait. "
+               "Waiting for a waiter who shimmers.")  # fmt: skip
+    assert reflections(thought) == {"wait": 2, "hmm": 2, "let me recheck": 1, "alternatively": 1,
+                                    "on second thought": 1}  # fmt: skip
+    assert not reflections("Three and two are five.")
+
+
+def test_the_first_twenty_that_failed_are_named():
+    tell_failed({}, 30)
+    with pytest.raises(ValueError) as error:
+        tell_failed({(f"q{i}", "caption 0"): "busy" for i in range(22)}, 30)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "22 of 30 questions got no answer; the same command asks them again"
+    assert lines[1] == "  q0 (caption 0): busy" and lines[-1] == "  and 2 more" and len(lines) == 22
