@@ -10,7 +10,8 @@ has a name in the brackets is a number, what has none a reward, so they nest; no
     all_of(accuracy, format)        the lowest: whether both are 1
     gate(format, detection)         detection where format is 1, else 0
     cosine_length(iou, most=512)    by the length in tokens: short where iou is .7, long where not
-    per_row(accu_reward_method)     that which the row's column of this name names
+    per_row(accu_reward_method)     that which the row's column of this name names, or which stands
+    per_row(task, math=math, detection=iou(least=0.5))      for the column's value in the brackets
     gate(format, my_rewards.py:f)   one's own
 
 One's own runs in processes of its own, see own.py. A row of a data set names no file.
@@ -33,17 +34,17 @@ from verify import verify_all
 
 REWARDS = {reward.__name__: reward for reward in (
     rewards.accuracy, rewards.math, rewards.format, rewards.r1v_accuracy, rewards.r1v_format,
-    rewards.choice, rewards.yes_no, rewards.exact, rewards.number, rewards.fuzzy,
+    rewards.choice, rewards.yes_no, rewards.exact, rewards.number, rewards.fuzzy, rewards.jaccard,
     rewards.repetition, boxes.detection, boxes.weighted, boxes.mean_iou, boxes.confidence,
     boxes.box_format)} | {"iou": boxes.box_iou, "giou": boxes.box_giou}
 # Of the values of other rewards: the fewest and the most of these, and those if none is named.
 JOINED = {"all_of": (rewards.all_of, 2, 9, ()), "gate": (rewards.gate, 2, 2, ()),
           "cosine_length": (rewards.cosine_length, 1, 1, ("accuracy",)),
-          "linear_length": (rewards.linear_length, 0, 0, ())}
+          "length": (rewards.length, 0, 0, ())}
 KNOWN = (*REWARDS, *JOINED, "per_row")
 ASK = {rewards.math: rewards.ask_math, rewards.r1v_accuracy: rewards.ask_r1v}   # math-verify's
-RANGES = {"least": (0, 1), "ap": (0, 1), "iou": (0, 1), "strict": (0, 1), "most": (1, inf),
-          "n": (1, 100), "penalty": (0, 9), "per": (-1, 1)}     # of arguments
+RANGES = {"least": (0, 1), "ap": (0, 1), "iou": (0, 1), "strict": (0, 1), "around": (0, 1),
+          "thought": (1, inf), "most": (1, inf), "n": (1, 100), "penalty": (0, 9), "per": (-1, 1)}
 # VLM-R1's names in a row's accu_reward_method, and ours.
 METHODS = {"default": "fuzzy", "mcq": "choice", "all_match": "exact", "rec": "iou",
            "map": "detection(penalty=0)", "od_ap": "detection(penalty=0)",
@@ -111,9 +112,10 @@ def load(name, seconds=10.0, memory=4.0, files=True):
         else:
             parts.append(item)
     if word == "per_row":
-        if len(parts) != 1 or options:
+        if len(parts) != 1:
             raise ValueError(f"reward {name}: per_row takes the name of a column of the rows")
-        return PerRow(parts[0])
+        return PerRow(parts[0], {value: load(options[value], seconds, memory, files)
+                                  for value in options})
     function, least, most, default = JOINED.get(word, (REWARDS.get(word), 0, 0, ()))
     if function in ASK and importlib.util.find_spec("math_verify") is None:
         raise ValueError("rewards math and r1v_accuracy need a package: pip install math-verify")
@@ -185,11 +187,12 @@ class Joined:
 
 
 class PerRow:
-    """The reward that a row's column names: a name as in the config, no file, or VLM-R1's. Where a
-    row has no such column it is `fuzzy`, VLM-R1's default."""
+    """The reward that a row's column names: one of those given for its values, a name as in the
+    config, no file, or VLM-R1's. Where a row has no such column it is the one given for `default`,
+    or `fuzzy`, VLM-R1's."""
 
-    def __init__(self, column):
-        self.column, self.known, self.found = column, {}, False    # found: some row has it
+    def __init__(self, column, given=()):
+        self.column, self.known, self.found = column, dict(given), False    # found: some row has it
 
     def __call__(self, text, example, length=None):
         return self.all([text], [example], [length])[0]
@@ -238,6 +241,8 @@ NEEDS = {
     rewards.yes_no: (lambda e: rewards.first_word(rewards.gold_answer(e.solution))
                      in ("yes", "no"), "yes or no"),
     rewards.number: (lambda e: rewards.one_number(rewards.gold_answer(e.solution)), "one number"),
+    rewards.jaccard: (lambda e: rewards.labels(rewards.gold_answer(e.solution)),
+                      "labels with commas between them"),
     **dict.fromkeys((boxes.box_iou, boxes.box_giou), (
         boxed(1), "[x1, y1, x2, y2], or None, and a picture")),
     **dict.fromkeys((boxes.detection, boxes.weighted, boxes.mean_iou, boxes.confidence), (

@@ -109,7 +109,7 @@ def about(cfg, folder: str, processor: Processor, examples) -> dict:
     """What an evaluation is, JSON: if it differs, the answers of an interrupted one cannot stay.
     Neither batch size nor number of processes is in it; the code that scores is."""
     weights = sorted(Path(folder).glob("*.safetensors"))
-    files = [Path(part.rpartition(":")[0].strip()) for part in re.split("[(),]", cfg.scorer)]
+    files = [Path(part.rpartition(":")[0].strip()) for part in re.split("[(),=]", cfg.scorer)]
     code = [Path(module.__file__).read_bytes() for module in CODE]
     code += [file.read_bytes() for file in files if file.is_file()]
     return {

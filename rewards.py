@@ -41,6 +41,7 @@ ANSWER = ("<answer>", "</answer>")
 
 # Whole number or decimal, thousands in groups or not. [0-9]: \d also takes other scripts' digits.
 NUMBER = re.compile(r"([+\-−]?)(?=\.?[0-9])([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.([0-9]+))?")
+TITLE = re.compile(r"^final answer:\s*", re.IGNORECASE)  # of an answer, in Vision-R1's data
 LONGEST_NUMBER = 40                                     # characters; a longer one is a word
 LONGEST_FORMULA = 500                                   # characters; a longer answer is no formula
 CHOICE = re.compile(r"\(?[a-z]\)")                      # (b) and b); "b." has lost its full stop
@@ -63,14 +64,15 @@ def math(text, example):
     """1 if the one answer after the last </think> equals the gold: as in accuracy, or as a formula
     to math-verify (0.5 and \\frac{1}{2}, 2√3 and 2\\sqrt{3}, x = 3 and 3), else 0. Units are not
     compared: 140° is 140, 3 cm is 3 m. A gold of letters alone is words (else "felt" would be
-    "left", four factors). None if math-verify had to be killed."""
+    "left", four factors), and one that math-verify cannot read is, too (to MM-Eureka and LMM-R1 all
+    answers are right then). $…$ around all says nothing. None if math-verify had to be killed."""
     return settled(ask_math(text, example))
 
 
 def ask_math(text, example):
     """The value of `math`, or the question to math-verify that is to settle it."""
-    answer, gold = final_answer(text), gold_answer(example.solution)
-    if answer is None or not gold:
+    answer, gold = map(undollared, (final_answer(text) or "", gold_answer(example.solution)))
+    if not answer or not gold:
         return 0.0
     words = gold.isascii() and "".join(gold.split()).isalpha()
     if same(answer, gold) or words or len(answer) > LONGEST_FORMULA:
@@ -78,17 +80,20 @@ def ask_math(text, example):
     return formula(answer), formula(gold), True
 
 
-def format(text, example, strict=0.0):
+def format(text, example, strict=0.0, around=0.0, thought=1.0):
     """1 for `<think>…</think> <answer>…</answer>` and nothing else, each tag exactly once, neither
     thought nor answer blank; white space (newlines too) around and between is free. Else 0.
-    strict=1 (LMM-R1's): there is none."""
-    text = text if strict else text.strip()
-    thought, _, rest = text.removeprefix(THINK[0]).partition(THINK[1])
-    between, _, answer = rest.removesuffix(ANSWER[1]).partition(ANSWER[0])
-    return float(text.startswith(THINK[0]) and text.endswith(ANSWER[1])
-                 and all(text.count(tag) == 1 for tag in THINK + ANSWER)
-                 and not (between if strict else between.strip())
-                 and bool(thought.strip()) and bool(answer.strip()))
+    strict=1 (LMM-R1's): there is none. around=1 (MM-Eureka's): any text may stand before and after.
+    thought: characters of the thought at least (300: MM-Eureka-Zero's)."""
+    before, opened, rest = text.partition(THINK[0])
+    inside, _, rest = rest.partition(THINK[1])
+    between, _, rest = rest.partition(ANSWER[0])
+    answer, closed, after = rest.partition(ANSWER[1])
+    outside = "" if around else before + after
+    blank = not (outside + between if strict else (outside + between).strip())
+    return float(blank and all(text.count(tag) == 1 for tag in THINK + ANSWER)
+                 and bool(opened) and bool(closed)
+                 and len(inside.strip()) >= thought and bool(answer.strip()))
 
 
 def r1v_accuracy(text, example):
@@ -165,6 +170,15 @@ def fuzzy(text, example):
     return float(same(answer, gold)) if strict or same(answer, gold) else alike(a, b)
 
 
+def jaccard(text, example, least=0.0):
+    """In [0, 1]: labels that answer and gold share / labels of either, which are separated by
+    commas, in brackets and quotes or not, in any order (Curr-ReFT's, of what a picture shows); with
+    `least`, 1 where it is at least that, else 0: least=1 asks for the same letters, "A, C"."""
+    said, gold = labels(final_answer(text) or ""), labels(gold_answer(example.solution))
+    value = len(said & gold) / len(said | gold) if gold else 0.0
+    return float(value >= least) if least else value
+
+
 def repetition(text, example, n=6.0):
     """In [-1, 0]: different / all - 1, of the runs of n words of text, and of the flat JSON objects
     in it (boxes said again and again); the lower of the two. VLM-R1's, which looks at the words
@@ -195,7 +209,7 @@ def cosine_length(right, length, most=1024.0, least=0.7):
     return 0.5 + way / 2 if right >= least else -way / 2
 
 
-def linear_length(length, per=0.001, most=1000.0):
+def length(length, per=0.001, most=1000.0):
     """per x tokens, of which at most `most` count. VisualThinker's has no such end, and its policy
     repeats a sentence up to the limit."""
     return per * min(length, most)
@@ -207,22 +221,33 @@ def final_answer(text):
     """The answer that text commits to, stripped, or None: what stands in <answer>…</answer> after
     the last </think> (in a text without </think>: anywhere). None if it is blank or unclosed, if
     either answer tag appears there more than once (several answers are no answer), or if nothing
-    but tags and white space was thought before that </think>."""
+    but tags and white space was thought before that </think>. A title is no part of it."""
     thought, thinks, after = text.rpartition(THINK[1])
     if after.count(ANSWER[0]) != 1 or after.count(ANSWER[1]) != 1:
         return None
     if thinks and not thought.replace(THINK[0], "").replace(THINK[1], "").strip():
         return None
     inside, closed, _ = after.partition(ANSWER[0])[2].partition(ANSWER[1])
-    return (inside.strip() or None) if closed else None
+    return (TITLE.sub("", inside.strip()) or None) if closed else None
 
 
 def gold_answer(solution):
-    """The gold answer: "3" for `<answer> 3 </answer>` and for `3`. Unwrapped once, never raises."""
+    """The gold answer, "3": of `<answer> 3 </answer>`, `Final Answer: 3`, `3`. Never raises."""
     text = solution.strip()
     if text.startswith(ANSWER[0]) and text.endswith(ANSWER[1]):
         text = text[len(ANSWER[0]):-len(ANSWER[1])].strip()
-    return text
+    return TITLE.sub("", text)
+
+
+def undollared(answer):
+    """What stands in $…$, where that is all."""
+    inside = answer[1:-1].strip()
+    return inside if f"${answer[1:-1]}$" == answer and "$" not in inside else answer
+
+
+def labels(answer):
+    """The labels that commas separate, plain; brackets and quotes around them say nothing."""
+    return {plain(label.strip(" \n\"'[]")) for label in answer.split(",")} - {""}
 
 
 def same(answer, gold):

@@ -7,7 +7,9 @@ Training and evaluation share the one object, and the tag words are those of the
 that is trained under one wording and tested under another (as R1-V's is) is tested on something
 else. Sources of the wordings: R1-V, src/r1-v/src/open_r1/{grpo,sft}.py and src/eval; VLM-R1,
 open_r1/vlm_modules/qwen_module.py; Visual-RFT, its evaluation of COCO, LISA and classification, and
-open_r1/grpo_lisa.py. The chat markup around them is Qwen2-VL's (tokenizer_config.json).
+open_r1/grpo_lisa.py; VisualThinker, open_r1/grpo.py; Curr-ReFT, open_r1/Stage{1,2,3}_…_resize.py;
+LMM-R1, examples/data; Vision-R1, inference.py; R1-Onevision's model card. The chat markup around
+them is Qwen2-VL's (tokenizer_config.json).
 """
 
 from dataclasses import dataclass, replace
@@ -120,6 +122,30 @@ GROUND = (
     "Output the thinking process in {0} {1} and your grouding box. Following "
     '"{0} thinking process {1}\n{2}(x1,y1),(x2,y2){3})" format.'
 ).format(*THINK, *ANSWER)
+# VisualThinker's for a base model; the words of MM-Eureka and LMM-R1 ("thinks" is theirs, and so is
+# the missing blank); Curr-ReFT's three stages ask as VLM-R1 does, and say what an answer may be.
+BASE = (
+    "{Base}{Image}A conversation between User and Assistant. The user asks a question about the "
+    "image, and the Assistant solves it. The assistant first thinks about the reasoning process in "
+    "the mind and then provides the user with the answer.\nUser: {Question} \nAssistant: Let me "
+    "solve this step by step.\n{Answer}" + THINK[0]
+)
+LATEX = (
+    "You should first thinks about the reasoning process in the mind and then provides the user "
+    "with the answer. Your answer must be in latex format and wrapped in $...$.The reasoning "
+    "process and answer are enclosed within {0} {1} and {2} {3} tags, respectively, i.e., {0} "
+    "Since $1+1=2$, so the answer is $2$. {1}{2} $2$ {3}, which means your output should start "
+    "with {0} and end with {3}."
+).format(*THINK, *ANSWER)
+HELPFUL = "You are a helpful assistant good at solving math problems with step-by-step reasoning. "
+ALL = (
+    " Based on the given options, select all options that accurately describe what is shown in the "
+    "image. Ensure your final answer is exactly one or more of the provided option letters without "
+    "any additional text."
+)
+ONE = " Ensure your final answer is exactly one of the provided option letters without any"
+JSON = " Output the final answer in JSON format in {} {} tags.".format(*ANSWER)
+HINT = "Hint: Please answer the question and provide the final answer at the end. Question: "
 TEMPLATES = {
     "r1v": Template("{Question}  Output the thinking process in " + TAGS),  # trains with two blanks
     "r1v_eval": Template("{Question} First output the thinking process in " + TAGS),  # SuperCLEVR
@@ -138,6 +164,19 @@ TEMPLATES = {
     "virft_detect": Template(DETECT),
     "virft_class": Template("{Question}\n" + STRICT.replace("WHAT", "species name")),
     "virft_ground": Template(GROUND, CONVERSATION),
+    "visualthinker": Template(BASE),
+    "visualthinker_instruct": Template(
+        "{Question}  Output the thinking process in " + TAGS.replace("number", "option")),
+    "vision_r1": Template("{Question}"),  # its cold start has taught the form
+    "r1_onevision": Template(HINT + "{Question}"),  # likewise; its RL asks as vlm_r1
+    "mm_eureka": Template(LATEX + "\nQuestion:\n{Question}"),  # if its rows do not say it
+    "lmm_r1": Template("{Question}", HELPFUL + LATEX),
+    "curr_reft_judge": Template(
+        "{Question} " + FIRST + " Ensure your final answer is exactly 'yes' or 'no'."),
+    "curr_reft_choice": Template("{Question} " + FIRST + ONE + " additional text."),
+    "curr_reft_choices": Template("{Question} " + FIRST + ALL),  # of its task "classify"
+    "curr_reft_detect": Template("{Question} " + FIRST + JSON),
+    "curr_reft_open": Template("{Question} " + FIRST),
     # Ours, for one box and for many: the model is told in what numbers they are expected.
     "box": Template("{Question} " + FIRST + " The answer is a box [x1, y1, x2, y2] {Frame}."),
     "boxes": Template("{Question} " + FIRST + " The answer is None, or boxes {Frame} in JSON: "

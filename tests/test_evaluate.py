@@ -398,14 +398,14 @@ def test_the_scorer_says_what_is_right(taught, tmp_path):
 
 
 def test_a_scorer_is_told_the_length_in_tokens(taught, tmp_path):
-    name = "linear_length(per=1)"
+    name = "length(per=1)"
     found = evaluate(taught.model, taught.processor, EXAMPLES, 5, NEW, scorer=name)
     lengths = [len(ids) for ids in taught.ids]
     assert [r["accuracy"] for r in found["results"]] == lengths == [
         r["length"] for r in found["results"]
     ]
     (tmp_path / "a.json").write_text(json.dumps(found))
-    again = main(["--rescore", str(tmp_path / "a.json"), "--scorer", "linear_length(per=0.5)"])
+    again = main(["--rescore", str(tmp_path / "a.json"), "--scorer", "length(per=0.5)"])
     assert again["score"] == sum(lengths) / 5 / 2
 
 

@@ -1,6 +1,7 @@
 """Chapter two of grading.py: how the rewards of a run are named, loaded and run."""
 import itertools
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import grading
 import rewards
 import verify
 import worker
+from boxes import View
 from config import apart
 from example import Example
 from grading import REWARDS, fitting, load_rewards, score, score_all
@@ -62,7 +64,7 @@ def test_weights_go_with_their_rewards():
     (("iou(least=2)",), (), "reward iou: least=2: must be a number from 0 to 1"),
     (("iou(least=half)",), (), "least=half: must be a number"),
     (("iou(least=nan)",), (), "least=nan: must be a number"),
-    (("linear_length(most=inf)",), (), "most=inf: must be a number"),
+    (("length(most=inf)",), (), "most=inf: must be a number"),
     (("iou(least=.5, least=.6)",), (), "least is given twice"),
     (("iou(0.5)",), (), "iou takes only numbers, by their names, not 0.5"),
     (("iou(format)",), (), "iou takes only numbers, by their names, not format"),
@@ -145,7 +147,7 @@ def test_a_path_may_hold_brackets_and_commas(tmp_path):
 def test_a_length_goes_to_those_that_ask_for_it(tmp_path):
     path = own(tmp_path, "def f(text, example, length): return length and length / 10\n"
                          "def g(text, *, length=7, example=None): return 1\n")
-    loaded = load_rewards((f"{path}:f", "cosine_length(most=100)", "linear_length", "accuracy"))
+    loaded = load_rewards((f"{path}:f", "cosine_length(most=100)", "length", "accuracy"))
     texts, examples = [say("3"), say("4")], [gold("3")] * 2
     assert score_all(loaded, texts, examples, [50, 100]) == [
         [5.0, 10.0], [pytest.approx(0.75), 0.0], [0.05, 0.1], [1.0, 0.0]]
@@ -190,6 +192,27 @@ def test_rows_of_several_kinds_are_scored_side_by_side():
     assert score(function, texts[:1], rows[:1]) == [1]
 
 
+def test_the_config_may_say_the_reward_of_a_columns_value():
+    """Curr-ReFT's stage of open answers: the column "task" names what is asked, no reward."""
+    name = "per_row(task, detection=iou(least=0.5), classify=jaccard, math=math, default=yes_no)"
+    [(short, function, _)] = loaded = load_rewards((name,))
+    assert short == name.replace(", ", ",")
+    view = View("pixels", "pixels", ((100, 100, 112, 112),))
+    rows = [Example("q", solution, ("a.png",), extra={"task": task} if task else {}, view=view)
+            for solution, task in (("[0, 0, 40, 40]", "detection"), ("cat, dog", "classify"),
+                                   ("0.5", "math"), ("yes", None), ("yes", "yes_no"))]
+    right = ["[0, 0, 40, 40]", "dog, cat", r"\frac{1}{2}", "yes", "yes"]
+    part = ["[0, 0, 40, 30]", "dog", "0.6", "no", "no"]
+    assert score(function, [*map(say, right)], rows) == [1] * 5
+    assert score(function, [*map(say, part)], rows) == [1, 0.5, 0, 0, 0]
+    assert fitting(loaded, rows) is rows
+    rows[1] = replace(rows[1], extra={"task": "coco_vqa"})
+    with pytest.raises(ValueError, match="task 'coco_vqa': reward coco_vqa: unknown"):
+        fitting(loaded, rows)
+    with pytest.raises(ValueError, match=r"reward jacard: unknown; did you mean jaccard"):
+        load_rewards(("per_row(task, classify=jacard)",))
+
+
 @pytest.mark.parametrize("method, message", [
     ("llm", "t.jsonl:7: accu_reward_method 'llm': a judge of words is none of the verifiable"),
     ("nubmer", "accu_reward_method 'nubmer': reward nubmer: unknown; did you mean number"),
@@ -218,7 +241,7 @@ def test_a_column_that_no_row_has_is_told_at_the_start():
     ("detection", "[[1, 2, 3, 4], [5, 6, 7, 8]]", "[1, 2, 1, 4]"), ("weighted", "[]", "[1, 2]"),
     ("mean_iou", "(1,2),(3,4)", "7"), ("confidence", "No Objects", "(1,2)"),
     ("choice", "(B)", "green"), ("choice", "blue", "C or D"), ("number", "3 cm", "three"),
-    ("yes_no", "Yes.", "perhaps"), (METHOD, "3", "three")])
+    ("yes_no", "Yes.", "perhaps"), ("jaccard", "cat, dog", ", []"), (METHOD, "3", "three")])
 def test_a_gold_that_a_reward_cannot_read_is_refused_or_left_out(name, good, bad, capsys):
     """Defect 8: elsewhere such a prompt rewards all or nobody, in silence."""
     loaded = load_rewards((name, "format"))

@@ -268,11 +268,11 @@ def test_boxes_are_written_in_pixels_of_the_file_said_and_true(made, tmp_path):
 
 
 def test_probes_tell_rewards_how_long_an_answer_is(made, tmp_path):
-    rewards = load_rewards(("linear_length(per=1)",))
+    rewards = load_rewards(("length(per=1)",))
     log_probes(tmp_path, 0, made.model, made.processor, made.prompts[:2], rewards, 3)
     out = sample(made.model, made.processor, made.prompts[:2], 1, 3, temperature=0)
     found = [a["rewards"] for a in lines(tmp_path / "probes.jsonl")[0]["answers"]]
-    assert found == [{"linear_length(per=1)": float(n)} for n in out.lengths[:, 0]]
+    assert found == [{"length(per=1)": float(n)} for n in out.lengths[:, 0]]
 
 
 def test_no_probes_leave_no_file(made, tmp_path):

@@ -24,12 +24,13 @@ st = pytest.importorskip("hypothesis.strategies")
 hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 
 R1V_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
+MM_EUREKA = re.compile(r".*<think>(.+?)</think>\s*<answer>.+?</answer>.*$", re.DOTALL)
 R1V_ANSWER = re.compile(r"<answer>(.*?)</answer>")
 
 
 # Those of rewards.py, whose value is 0 or 1 but for these.
 NAMES = [name for name, reward in REWARDS.items() if reward.__module__ == "rewards"]
-RANGE = {"fuzzy": (0, 1), "repetition": (-1, 0)}
+RANGE = {"fuzzy": (0, 1), "repetition": (-1, 0), "jaccard": (0, 1)}
 
 
 def gold(solution, problem=""):
@@ -105,6 +106,15 @@ def test_the_gold_is_unwrapped_once():
     assert gold_answer("<answer>3") == "<answer>3" and gold_answer("<answer></answer>") == ""
 
 
+def test_final_answer_before_an_answer_is_no_part_of_it():
+    """Vision-R1's cold start ends in "<answer> Final Answer:B </answer>", and its policy, too."""
+    assert final_answer(say(" Final Answer:B ")) == final_answer(say("final answer: B")) == "B"
+    assert gold_answer("<answer> Final Answer:B </answer>") == gold_answer("Final Answer: B") == "B"
+    assert final_answer(say("Final Answer: ")) is None
+    assert final_answer(say("the final answer: B")) == "the final answer: B"
+    assert final_answer(say("Final Answer: Final Answer: B")) == "Final Answer: B"
+
+
 # ---- accuracy: which answer a text commits to ----
 
 @pytest.mark.parametrize("text, answer", [
@@ -172,6 +182,14 @@ def test_the_same_formula_scores_in_math(answer, solution):
 def test_another_formula_does_not_score_in_math(answer, solution):
     """Not even where math-verify would find the gold as one of several numbers in the answer."""
     assert math(say(answer), solution) == 0
+
+
+def test_math_does_not_see_dollars_around_the_whole():
+    """MM-Eureka and LMM-R1 ask for $...$; a letter in them is the letter, and only that one."""
+    assert math(say("$B$"), "B") == math(say("B"), "$B$") == math(say("$ B $"), "$B$") == 1
+    assert math(say("$B$"), "C") == math(say("$A$ or $B$"), "B") == 0
+    assert math(say("$3$"), "$3$") == math(say(r"$\frac{6}{2}$"), "$3$") == 1
+    assert accuracy(say("$3$")) == 0
 
 
 def test_math_takes_the_answer_alone_and_only_one():
@@ -310,6 +328,28 @@ def test_white_space_between_thought_and_answer_may_be_refused():
     assert form(tight) == form(loose) == form(f" {tight}\n") == 1
 
 
+def test_text_may_stand_around_the_format():
+    """MM-Eureka's: each tag once and re.match of its pattern, with a newline in the thought, too
+    (defect 3); ours asks for more than white space in thought and answer."""
+    seen = set()
+    for text in [*texts(3000), "First\n" + say("3", "a\nb") + "\nso 3.", say("3") + say("3")]:
+        once = all(text.count(tag) == 1 for tag in THINK + ANSWER)
+        theirs = bool(once and MM_EUREKA.match(text))
+        blank = theirs and not (re.search("<think>(.*)</think>", text, re.DOTALL)[1].strip()
+                                and re.search("<answer>(.*)</answer>", text, re.DOTALL)[1].strip())
+        found = rewards.format(text, gold("3"), around=1)
+        assert found == (theirs and not blank), text
+        seen.add((found, form(text)))
+    assert seen == {(0, 0), (1, 0), (1, 1)}
+
+
+def test_a_thought_may_have_to_be_long():
+    """MM-Eureka-Zero: 300 characters; white space at its ends does not count."""
+    for n, right in ((299, 0), (300, 1)):
+        text = say("3", " " + "x" * n + "\n")
+        assert rewards.format(text, gold("3"), thought=300) == right and form(text) == 1
+
+
 # ---- choices, words, numbers ----
 
 ASKS = "What color is it?\n(A) red (B) dark blue\n(C) green."
@@ -384,6 +424,28 @@ def test_fuzzy_is_the_share_of_what_is_common():
     assert fuzzy(say("a" * 20_000), gold("a" * 19_999)) == 0
 
 
+@pytest.mark.parametrize("answer, solution, value", [
+    ("cat, dog", "dog, cat", 1), ("cat", "cat, dog", 1 / 2), ("cat, cow", "cat, dog", 1 / 3),
+    ("cow", "cat, dog", 0), ("", "cat", 0), (",", "cat", 0), ("Cat., cat, CAT", "cat", 1),
+    ('["cat", "dog"]', "cat,dog", 1), ("['dog', 'cat']", '["cat", "dog"]', 1),
+    ("cat, dog, cow, hen", "cat", 1 / 4), ("cat dog", "cat, dog", 0), ("3", "3.0", 1)])
+def test_jaccard_is_what_is_shared_of_what_either_says(answer, solution, value):
+    """|P and G| / |P or G|, of sets of labels (Curr-ReFT's calculate_list_iou_reward)."""
+    assert rewards.jaccard(say(answer), gold(solution)) == value
+    wrapped = gold(f"<answer>{solution}</answer>")
+    assert rewards.jaccard(say(answer), wrapped, least=1) == (value == 1)
+
+
+def test_jaccard_may_ask_for_the_same_letters():
+    """Curr-ReFT's second stage, where it reads the letters of both; what holds no letter is no
+    empty set that equals another (defect 2)."""
+    for answer, right in (("C, A", 1), ("(A), C.", 1), ("A", 0), ("A, B, C", 0), ("7", 0), ("", 0)):
+        assert rewards.jaccard(say(answer), gold("A, C"), least=1) == right
+    assert rewards.jaccard(say("7"), gold("8"), least=1) == 0
+    assert rewards.jaccard(say("cat"), gold("cat, dog"), least=0.5) == 1
+    assert rewards.jaccard("no answer", gold("A"), least=1) == 0
+
+
 def test_likeness_is_that_of_the_table_of_common_subsequences():
     rng = random.Random(7)
     for _ in range(200):
@@ -435,9 +497,9 @@ def test_the_cosine_is_vlm_r1_s_up_to_its_end_and_stays_there():
     assert rewards.cosine_length(0.5, 0, least=0.4) == 1
 
 
-def test_the_linear_length_ends():
-    assert [rewards.linear_length(n) for n in (0, 10, 1000, 99999)] == [0, 0.01, 1, 1]
-    assert rewards.linear_length(30, per=0.1, most=20) == pytest.approx(2)
+def test_the_length_reward_ends():
+    assert [rewards.length(n) for n in (0, 10, 1000, 99999)] == [0, 0.01, 1, 1]
+    assert rewards.length(30, per=0.1, most=20) == pytest.approx(2)
 
 
 def test_all_of_and_gate():

@@ -38,7 +38,8 @@ def test_the_system_prompt_is_deepseeks_as_r1v_has_it():
 
 
 def test_the_tag_words_are_those_that_the_rewards_look_for():
-    for name in TEMPLATES.keys() - {"direct", "plain"}:
+    silent = {"direct", "plain", "vision_r1", "r1_onevision", "visualthinker"}
+    for name in TEMPLATES.keys() - silent:
         said = TEMPLATES[name].user + TEMPLATES[name].system
         assert all(tag in said for tag in THINK + ANSWER)
     assert all(tag in TEMPLATES["direct"].user for tag in ANSWER)
@@ -75,6 +76,57 @@ def test_visual_rfts_prompts_are_its_own_to_the_letter():
         "the thinking process in <think> </think> and your grouding box. Following \"<think> "
         "thinking process </think>\n<answer>(x1,y1),(x2,y2)</answer>)\" format.")  # fmt: skip
     assert TEMPLATES["virft_ground"].system == TEMPLATES["system"].system
+
+
+def test_visualthinkers_prompts_are_its_own_to_the_letter():
+    """make_conversation_sat of its grpo.py: the base model's, whose answers it opens by <think>
+    in the prompt and again in the reward, and the instructed model's."""
+    [said] = TEMPLATES["visualthinker"].turns("What is left of the cup?", [])
+    assert said == (
+        "A conversation between User and Assistant. The user asks a question about the image, and "
+        "the Assistant solves it. The assistant first thinks about the reasoning process in the "
+        "mind and then provides the user with the answer.\nUser: What is left of the cup? \n"
+        "Assistant: Let me solve this step by step.\n<think>"
+    )
+    assert TEMPLATES["visualthinker"].opening == "<think>"
+    assert TEMPLATES["visualthinker_instruct"].user == (
+        "{Question}  Output the thinking process in <think> </think> and final answer (option) in "
+        "<answer> </answer> tags."
+    )
+
+
+def test_lmm_r1s_system_turn_is_its_own_to_the_letter():
+    """Of its data, as of MM-Eureka's, which says it before the question."""
+    latex = (
+        "You should first thinks about the reasoning process in the mind and then provides the "
+        "user with the answer. Your answer must be in latex format and wrapped in $...$.The "
+        "reasoning process and answer are enclosed within <think> </think> and <answer> </answer> "
+        "tags, respectively, i.e., <think> Since $1+1=2$, so the answer is $2$. </think><answer> "
+        "$2$ </answer>, which means your output should start with <think> and end with </answer>."
+    )
+    assert TEMPLATES["lmm_r1"].system == (
+        "You are a helpful assistant good at solving math problems with step-by-step reasoning. "
+        + latex
+    )
+    assert TEMPLATES["mm_eureka"].user == latex + "\nQuestion:\n{Question}"
+
+
+def test_curr_refts_stages_say_what_an_answer_may_be():
+    """QUESTION_TEMPLATE_JUDGE, _others, _Classify, _DETECTION and _NORMAL of its three scripts."""
+    first = ("{Question} First output the thinking process in <think> </think> tags and then "
+             "output the final answer in <answer> </answer> tags.")  # fmt: skip
+    said = {name: TEMPLATES[f"curr_reft_{name}"].user.removeprefix(first) for name in
+            ("judge", "choice", "choices", "detect", "open")}  # fmt: skip
+    assert said == {
+        "judge": " Ensure your final answer is exactly 'yes' or 'no'.",
+        "choice": " Ensure your final answer is exactly one of the provided option letters without "
+                  "any additional text.",
+        "choices": " Based on the given options, select all options that accurately describe what "
+                   "is shown in the image. Ensure your final answer is exactly one or more of the "
+                   "provided option letters without any additional text.",
+        "detect": " Output the final answer in JSON format in <answer> </answer> tags.",
+        "open": "",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
