@@ -10,7 +10,7 @@ None of this changes loss or gradient: both are sums over the step, see grpo.tok
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -125,21 +125,45 @@ def prompts_of_parts(
 # ------------------------------------------------------------------------------- groups of GRPO
 
 
-def deal_out(rollout: Rollout, adv: Tensor) -> tuple[Rollout, Tensor, float]:
-    """This process's groups, with advantages adv (B, G), after `balance`, and its evenness."""
-    if parallel.size() == 1:
-        return rollout, adv, 1.0
-    groups = rollout.groups()
-    costs = [cost(group.prompts[0], int(group.lengths.sum())) for group in groups]
-    items, even = balance(list(zip(groups, adv.cpu().split(1))), costs)
-    groups, advs = zip(*items)
-    return Rollout.join(groups, adv.device), torch.cat(advs).to(adv.device), even
+def deal_out(rollout: Rollout, adv: Tensor, minibatches: int = 1) -> tuple[list, float]:
+    """[(rollout, adv (B', G))] for each minibatch: this process's groups of it after `balance`; and
+    how even the work is. The i-th prompt of the step is of minibatch i mod minibatches, whichever
+    process has sampled for it: each of these has some of all."""
+    counts = parallel.gathered(len(rollout.prompts))
+    first, found, even = sum(counts[: parallel.rank()]), [], []
+    for k in range(minibatches):
+        rows = [i for i in range(len(adv)) if (first + i) % minibatches == k]
+        if parallel.size() == 1:
+            found.append((rollout.select(rows), adv[rows]) if minibatches > 1 else (rollout, adv))
+            even.append(1.0)
+            continue
+        groups = rollout.select(rows).groups()
+        costs = [cost(group.prompts[0], int(group.lengths.sum())) for group in groups]
+        items, evenness = balance(list(zip(groups, adv[rows].cpu().split(1))), costs)
+        groups, advs = zip(*items)
+        found.append((Rollout.join(groups, adv.device), torch.cat(advs).to(adv.device)))
+        even.append(evenness)
+    return found, sum(even) / len(even)
 
 
-def micro_batches(rollout: Rollout, adv, mask, weights, most: int, budget: int | None) -> list:
-    """[(rollout, advantages (B', G, 1), mask, weights, counted (B', G, T))], `most` prompts in each
-    at most, and of `budget` tokens as `cost` counts them. counted: the tokens that metrics count;
-    none in a group that is there to be run."""
+@dataclass
+class MicroBatch:
+    """B' groups that go through the model together; (B', G, T) where nothing else is said."""
+
+    rollout: Rollout
+    adv: Tensor  # advantages (B', G, 1), or of each token
+    mask: Tensor  # tokens that train
+    weights: Tensor  # of the loss of each token
+    counted: Tensor  # tokens that metrics count; none in a group that is there to be run
+    ref: Tensor | None = None  # log-probs of the reference
+    old: Tensor | None = None  # and of the policy before the first update; None: as it is now
+
+
+def micro_batches(
+    rollout: Rollout, adv, mask, weights, most: int, budget: int | None
+) -> list[MicroBatch]:
+    """Groups with advantages adv (B, G) in micro-batches of at most `most` prompts, and of `budget`
+    tokens as `cost` counts them."""
     found, lengths = [], rollout.lengths.sum(1).tolist()
     costs = [cost(prompt, n) for prompt, n in zip(rollout.prompts, lengths)]
     for rows, prompts in prompts_of_parts(rollout.prompts, most, costs, budget or math.inf):
@@ -147,5 +171,6 @@ def micro_batches(rollout: Rollout, adv, mask, weights, most: int, budget: int |
         part = rollout.select(at)
         part.prompts = prompts
         part.lengths = part.lengths if real else part.lengths.clamp(max=1)
-        found.append((part, adv[at][..., None], mask[at], weights[at] * real, part.mask & real))
+        found.append(MicroBatch(part, adv[at][..., None], mask[at] & real, weights[at] * real,
+                                part.mask & real))  # fmt: skip
     return found

@@ -2,14 +2,12 @@
 
     python grpo.py recipes/tiny.toml --steps 50 --group 4
 
-Source: Shao et al. 2024, "DeepSeekMath" (arXiv 2402.03300), Algorithm 1, equations 3 and 4. Beside
-it: DAPO (token mean, asymmetric clip, dynamic sampling; 2503.14476), Dr. GRPO (constant
-denominator; 2503.20783), GSPO (sequence ratio; 2507.18071), RLOO (2402.14740).
+Source: Shao et al. 2024, "DeepSeekMath" (arXiv 2402.03300), Algorithm 1; its formulae, and those of
+DAPO, Dr. GRPO, GSPO, RLOO and REINFORCE++ beside it, are in estimators.py.
 
-What the papers leave open, and our choice: the group's standard deviation is the unbiased one and
-1e-4 is added to it (as R1-V does through TRL); denominators are those of the whole optimizer step,
-so nothing that splits the work changes the gradient; log-probs are those of the sampled
-distribution, temperature and banned tokens included.
+What the papers leave open, and our choice: denominators are those of the whole optimizer step, so
+nothing that splits the work changes the gradient; log-probs are those of the sampled distribution,
+temperature and banned tokens included.
 
 What we do differently: a group shares one copy of prompt and image, in sampling and in training
 (rollout.py). With one update per batch the old log-probs are the current ones: no extra pass.
@@ -39,7 +37,7 @@ from boxes import FRAMES
 from checkpoint import read_config
 from config import opt, parse
 from data import Processor, without_long
-from estimators import clipped_loss, group_advantages, importance_ratio, k3, token_weights
+from estimators import clipped, clipped_loss, importance_ratio, k3, token_weights
 from evaluate import load_evals
 from grading import fitting, load_rewards
 from journal import Seconds
@@ -49,7 +47,15 @@ from optim import apply_gradients, backward, draw_rows, make_optimizers, schedul
 from resume import Stop, open_run, take_up
 from rollout import Rollout, look, sample, score
 from rows import left_out, load_examples
-from tally import has_signal, reward_table, step_metrics, total_reward
+from tally import (
+    advantages,
+    has_signal,
+    learnable,
+    reward_table,
+    step_metrics,
+    token_advantages,
+    total_reward,
+)
 
 
 @dataclass(frozen=True)
@@ -86,17 +92,27 @@ class Config:
     reward_weights: tuple[float, ...] = opt((), "one weight per reward; none: 1 for each")
     reward_seconds: float = opt(10.0, "a call of a reward of one's own may take", above=0)
     reward_memory: float = opt(4.0, "GB that a process of such a reward may have", above=0)
-    advantage: str = opt("group", "group: (r - mean)/std; center: r - mean (Dr. GRPO); loo: RLOO",
-                         choices=("group", "center", "loo"))
+    least_right: float = opt(0.0, "groups whose first reward is below it on average have no signal "
+                             "and do not train; 0: all may", least=0, below=1)
+    most_right: float = opt(1.0, "the same for those above it; 1: all may", above=0, most=1)
+    advantage: str = opt("group", "group: (r - mean)/std; center: r - mean (Dr. GRPO); loo: RLOO; "
+                         "baseline: r - mean, whitened over all tokens (REINFORCE++)",
+                         choices=("group", "center", "loo", "baseline"))
+    adora: float = opt(1.0, "weight of the advantages of a group whose longest right answer is no "
+                       "longer than its wrong ones on average (MM-Eureka: 0.1)", least=0)
     ratio: str = opt("token", "importance ratio per token, or per sequence (GSPO)",
                      choices=("token", "sequence"))
+    ratio_cap: float | None = opt(None, "the ratio is at most this (MM-Eureka: 3)", above=1)
     mean: str = opt("sequence", "sequence: mean over tokens, then sequences; token: DAPO's; "
                     "constant: over sequences x max_new (Dr. GRPO)",
                     choices=("sequence", "token", "constant"))
     clip_low: float = opt(0.2, "the ratio is clipped below 1 - clip_low", above=0, most=1)
     clip_high: float = opt(0.2, "and above 1 + clip_high (DAPO: 0.28)", above=0)
     beta: float = opt(0.04, "weight of the KL to the start; 0 loads no reference", least=0)
-    updates_per_batch: int = opt(1, "updates on each batch of samples", least=1)
+    kl: str = opt("loss", "loss: k3 in the loss; reward: k1 of this token and those after it is "
+                  "taken from its advantage", choices=("loss", "reward"))
+    minibatches: int = opt(1, "parts of a batch, an update on each", least=1)
+    updates_per_batch: int = opt(1, "times that each batch of samples is learnt", least=1)
     mask_truncated: bool = opt(False, "completions cut at max_new do not train (DAPO)")
 
     freeze: tuple[str, ...] = opt((), "parts that do not learn", choices=PARTS)
@@ -142,6 +158,15 @@ class Config:
         for item, name in zip(self.evals, names):
             if not item.startswith(f"{name}=") or ":" in name or names.count(name) > 1:
                 raise ValueError(f"evals: {item!r} is not NAME=SOURCE, each name once")
+        if self.prompts % self.minibatches:
+            raise ValueError(f"prompts {self.prompts}: must be a multiple of minibatches "
+                             f"{self.minibatches}, which are of one size")
+        if self.least_right > self.most_right:
+            raise ValueError(f"least_right {self.least_right}: is above most_right "
+                             f"{self.most_right}, so no group would train")
+        if self.ratio_cap and self.ratio_cap <= 1 + self.clip_high:
+            raise ValueError(f"ratio_cap {self.ratio_cap}: must be above 1 + clip_high "
+                             f"{self.clip_high}")
 
 
 # --------------------------------------------------------------- the steps of a run, in their order
@@ -161,8 +186,9 @@ def sample_groups(model, ahead: Ahead, drawn, count, cfg) -> Rollout:
 def sample_batch(model, ahead: Ahead, rewards, drawn, cfg):
     """This process's share of B groups, their rewards (R, B, G), and the prompts drawn by now.
 
-    Dynamic sampling (DAPO, section 3.2): groups whose rewards are all equal are replaced by fresh
-    prompts, `dynamic_sampling` times at most; what is still without signal then stays in.
+    Dynamic sampling (DAPO, section 3.2): groups whose rewards are all equal, and those outside of
+    least_right ... most_right, are replaced by fresh prompts, `dynamic_sampling` times at most;
+    what is still without signal then stays in.
     """
     first, count = parallel.share(cfg.prompts)
     worker.counted()  # from here on
@@ -170,7 +196,7 @@ def sample_batch(model, ahead: Ahead, rewards, drawn, cfg):
     drawn += cfg.prompts
     table = reward_table(rollout, rewards)
     for _ in range(cfg.dynamic_sampling):
-        dull = (~has_signal(total_reward(table, rewards))).nonzero()[:, 0].tolist()
+        dull = (~has_signal(learnable(table, rewards, cfg))).nonzero()[:, 0].tolist()
         counts = parallel.gathered(len(dull))
         if dull:
             first = drawn + sum(counts[: parallel.rank()])
@@ -181,50 +207,73 @@ def sample_batch(model, ahead: Ahead, rewards, drawn, cfg):
     return rollout, table, drawn
 
 
-def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
-    """Lines 10 and 11: `updates_per_batch` optimizer steps on one batch; the metrics of the last.
+def micro_batches(rollout: Rollout, adv, cfg) -> list[deal.MicroBatch]:
+    """Those of one optimizer step, whose numbers all processes add up to: sum(weights x token loss)
+    over them is its loss."""
+    trains = (rollout.finished | (not cfg.mask_truncated)) & ~adv.isnan()
+    mask, adv = rollout.mask & trains[..., None], adv.masked_fill(adv.isnan(), 0.0)
+    tokens, sequences = parallel.total(mask.sum()), cfg.prompts * cfg.group // cfg.minibatches
+    weights = token_weights(mask, cfg.mean, sequences, cfg.max_new, tokens)
+    return deal.micro_batches(rollout, adv, mask, weights, cfg.micro_prompts, cfg.micro_tokens)
 
-    The gradient of a step is that of sum(weights x token loss) over the whole batch, whatever
+
+def optimizer_step(model, optimizers, micros, banned, cfg) -> tuple[dict, dict]:
+    """Loss, its gradient, a step. -> sums over all tokens, `tokens` their number; the norms of
+    apply_gradients. A step whose loss or gradient is not finite is not done."""
+    sums = defaultdict(float)  # of tensors: no wait for a device
+    for m in micros:
+        logp, entropy = score(model, m.rollout, cfg.temperature, banned)
+        old = logp.detach() if m.old is None else m.old
+        ratio = importance_ratio(logp, old, m.mask, cfg.ratio, cfg.ratio_cap)
+        token_loss = clipped_loss(ratio, m.adv, cfg.clip_low, cfg.clip_high)
+        told = {"entropy": entropy, "mismatch": (m.rollout.logp - old).abs().exp(), "clip_share":
+                clipped(ratio, m.adv, cfg.clip_low, cfg.clip_high, cfg.ratio_cap)}  # fmt: skip
+        if m.ref is not None:
+            told["kl"] = k3(logp, m.ref)
+            if cfg.kl == "loss":
+                token_loss = token_loss + cfg.beta * told["kl"]
+        loss = (m.weights * token_loss).sum()
+        backward(loss)
+        sums["loss"] += loss.detach()
+        sums["tokens"] += m.counted.sum()
+        for name, x in told.items():
+            sums[name] += (x.detach() * m.counted).sum()
+    found = torch.stack([x.double() for x in sums.values()])
+    sums = dict(zip(sums, parallel.total(found).tolist()))
+    return sums, apply_gradients(model, optimizers, cfg.max_grad_norm, sums["loss"])
+
+
+def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
+    """Lines 10 and 11: `updates_per_batch` times an optimizer step on each of the `minibatches` of
+    one batch with advantages adv (B, G); NaN: does not train. The metrics of the last time.
+
+    The gradient of a step is that of sum(weights x token loss) over its minibatch, whatever
     `micro_prompts` is. A step whose loss or gradient is not finite is skipped and counted.
     """
-    rollout, adv, even = deal.deal_out(rollout, adv)
-    mask = rollout.mask & (rollout.finished[..., None] | (not cfg.mask_truncated))
-    tokens = parallel.total(mask.sum())
-    weights = token_weights(mask, cfg.mean, cfg.prompts * cfg.group, cfg.max_new, tokens)
-    parts = deal.micro_batches(rollout, adv, mask, weights, cfg.micro_prompts, cfg.micro_tokens)
+    parts, even = deal.deal_out(rollout, adv, cfg.minibatches)
+    parts = [micro_batches(*part, cfg) for part in parts]
+    every = [m for part in parts for m in part]
 
-    def frozen(policy):  # (B, G, T) of each micro-batch, without gradient
+    def frozen(policy):  # (B', G, T) of each micro-batch, without gradient
         with torch.no_grad():
-            return [score(policy, p[0], cfg.temperature, banned)[0] for p in parts]
+            return [score(policy, m.rollout, cfg.temperature, banned)[0] for m in every]
 
     with lora.adapter_off(reference):
-        refs = frozen(reference) if reference else [None] * len(parts)
+        for m, ref in zip(every, frozen(reference) if reference else []):
+            m.ref = ref
     parallel.release(reference)
-    olds = frozen(model) if cfg.updates_per_batch > 1 else [None] * len(parts)
+    if cfg.updates_per_batch * cfg.minibatches > 1:
+        for m, old in zip(every, frozen(model)):
+            m.old = old
+    token_advantages(every, cfg)
     skipped = 0
     for _ in range(cfg.updates_per_batch):
-        sums = defaultdict(float, tokens=rollout.mask.sum())  # of tensors: no wait for a device
-        for (part, a, m, w, counted), ref, old in zip(parts, refs, olds):
-            logp, entropy = score(model, part, cfg.temperature, banned)
-            old = logp.detach() if old is None else old
-            ratio = importance_ratio(logp, old, m, cfg.ratio)
-            token_loss = clipped_loss(ratio, a, cfg.clip_low, cfg.clip_high)
-            if reference:
-                kl = k3(logp, ref)
-                token_loss = token_loss + cfg.beta * kl
-                sums["kl"] += (kl.detach() * counted).sum()
-            loss = (w * token_loss).sum()
-            backward(loss)
-            sums["loss"] += loss.detach()
-            sums["entropy"] += (entropy * counted).sum()
-            high, low = (ratio > 1 + cfg.clip_high) & (a > 0), (ratio < 1 - cfg.clip_low) & (a < 0)
-            sums["clip_share"] += ((high | low) & counted).sum()
-            sums["mismatch"] += ((part.logp - old).abs().exp() * counted).sum()
-        found = torch.stack([x.double() for x in sums.values()])
-        sums = dict(zip(sums, parallel.total(found).tolist()))
-        norms = apply_gradients(model, optimizers, cfg.max_grad_norm, sums["loss"])
-        skipped += norms["grad_norm"] is None
-    loss, tokens = sums.pop("loss"), sums.pop("tokens")
+        done = [optimizer_step(model, optimizers, part, banned, cfg) for part in parts]
+        skipped += sum(norms["grad_norm"] is None for _, norms in done)
+    sums = {k: sum(one[k] for one, _ in done) for k in done[0][0]}
+    loss, tokens = sums.pop("loss") / len(parts), sums.pop("tokens")
+    norms = {k: None if any(one[k] is None for _, one in done) else
+             sum(one[k] for _, one in done) / len(parts) for k in done[0][1]}  # fmt: skip
     means = {k: v / tokens for k, v in sums.items()}
     return {"loss": loss, **means, **norms, "skipped": skipped, "balance": even, "tokens": tokens}
 
@@ -240,6 +289,7 @@ def memory_plan(cfg: Config, start, processor, examples, evals) -> plan.Plan:
         processes=parallel.size(), shards=cfg.shard_group, optimizer=cfg.optimizer, bf16=cfg.bf16,
         recompute=cfg.recompute, beta=cfg.beta, eval_new=cfg.max_new if evals else 0,
         micro_tokens=cfg.micro_tokens, gpu=torch.cuda.is_available(), learns=Learns.of(cfg),
+        minibatches=cfg.minibatches,
     ))  # fmt: skip
 
 
@@ -248,8 +298,9 @@ def setup(cfg: Config, device: str, seconds: Seconds, stop: Stop) -> SimpleNames
     run's folder (new, or one to go on with), policy, optimizers and reference (lines 1 and 3)."""
     shard = parallel.sharder(device, cfg.bf16, cfg.shard_group)
     with parallel.agreed():
-        if cfg.prompts < parallel.size():
-            raise ValueError(f"prompts {cfg.prompts}: fewer than the {parallel.size()} processes")
+        if (n := cfg.prompts // cfg.minibatches) < parallel.size():
+            told = "" if cfg.minibatches == 1 else f" in each of {cfg.minibatches} minibatches"
+            raise ValueError(f"prompts {n}{told}: fewer than the {parallel.size()} processes")
         trackers.check_installed(cfg.trackers)
         rewards = load_rewards(cfg.rewards, cfg.reward_weights, cfg.reward_seconds,
                                cfg.reward_memory)
@@ -312,7 +363,7 @@ def train(cfg: Config) -> dict:
                 rollout, table, state["drawn"] = sample_batch(sampler, run.ahead, rewards,
                                                               state["drawn"], cfg)
             # 9: compute the advantages through group relative estimation
-            adv = group_advantages(reward := total_reward(table, rewards), cfg.advantage).to(device)
+            adv = advantages(rollout, table, rewards, cfg).to(device)
             lora.seed_dropout(policy, cfg.seed, step, parallel.rank())
             with seconds("update"), half():
                 # 10: for GRPO iteration = 1, ..., mu    11: update by the GRPO objective
@@ -320,10 +371,12 @@ def train(cfg: Config) -> dict:
                                run.processor.banned_ids, cfg)
             with seconds("log"), parallel.told():
                 if main_process and (step == 1 or step % cfg.probe_every == 0):
-                    journal.log_rollout(book.out, step, rollout, names, table, reward, adv)
+                    journal.log_rollout(book.out, step, rollout, names, table,
+                                        total_reward(table, rewards), adv)
             tokens = found.pop("tokens")
-            state["bad"] = state["bad"] + 1 if found["skipped"] == cfg.updates_per_batch else 0
-            book.end(step, {"lr": lr, **step_metrics(rollout, table, rewards), **found,
+            updates = cfg.updates_per_batch * cfg.minibatches
+            state["bad"] = state["bad"] + 1 if found["skipped"] == updates else 0
+            book.end(step, {"lr": lr, **step_metrics(rollout, table, rewards, cfg), **found,
                             "drawn": state["drawn"], "rows_skipped": run.skipped},
                      cfg.prompts * cfg.group, tokens)
             if state["bad"] == 5:  # steps in a row without an update

@@ -9,7 +9,6 @@ Weights, gradients and moments are counted. Activations are no formula, which wo
 layer, a vision block and the head of model.py run on fake tensors, which have shapes and no memory,
 while the bytes of tensors that come and go are counted (live.py). tests/test_plan.py compares with
 what real steps of small models take. All rows count as long as the longest: a real step needs less.
-
 Not counted: what CUDA and NCCL take for themselves (1 to 2 GB) and fragmentation.
 
 Letters: B prompts of this process, G completions of each, T tokens of a completion, S packed
@@ -57,6 +56,7 @@ class Work:
     patches: int  # of the images of a prompt
     micro: int  # prompts per forward and backward
     micro_tokens: int | None = None  # of these at most, as deal.cost counts them
+    minibatches: int = 1  # parts of a step's prompts, micro-batches being of one of them
     processes: int = 1
     shards: int | None = None  # processes that share one copy of the weights; default: all
     optimizer: str = "adamw"
@@ -87,7 +87,8 @@ class Work:
         """Prompts of a micro-batch, all as long as the longest."""
         looked = 0 if self.learns.looks_once else 0.4 * self.patches  # as deal.cost counts
         row = self.tokens + self.group * self.max_new + looked
-        return max(1, int(min(self.micro, self.own, (self.micro_tokens or math.inf) / row)))
+        own = math.ceil(self.own / self.minibatches)
+        return max(1, int(min(self.micro, own, (self.micro_tokens or math.inf) / row)))
 
 
 @dataclass(frozen=True)
@@ -324,11 +325,11 @@ def changes(work: Work) -> dict[str, Work]:
     switches = {told: keys for told, keys in switches.items() if replace(work, **keys) != work}
     together = {k: v for keys in switches.values() for k, v in keys.items()}
     found = {**switches, " ".join(switches): together, "--shard_group none": {"shards": None}}
-    fewer = max(work.processes, work.prompts // 2)
+    part = work.prompts // work.minibatches
+    fewer = work.minibatches * max(work.processes, part // 2)
     found[f"--{prompts} {fewer}"] = {"prompts": fewer}
-    for n in (2 * work.processes, 4 * work.processes, 8 * work.processes):
-        if n <= work.prompts:
-            found[f"{n} processes with as much each"] = {"processes": n, "shards": None}
+    for n in (k * work.processes for k in (2, 4, 8) if k * work.processes <= part):
+        found[f"{n} processes with as much each"] = {"processes": n, "shards": None}
     group, new, asked = max(2, work.group // 2), (work.max_new + 1) // 2, (work.eval_new + 1) // 2
     if work.sft:
         found[f"--max_new {asked}"] = {"eval_new": asked}

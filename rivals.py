@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import estimators
 import grpo
 import rollout
 from data import Processor
@@ -104,7 +105,7 @@ class Ours:
                 batch = rollout.sample(self.policy, run.processor, prompts, cfg.group, cfg.max_new,
                                        cfg.temperature, seed)  # fmt: skip
             with phases("reward"):
-                adv = grpo.group_advantages(rewarded(run, batch))
+                adv = estimators.group_advantages(rewarded(run, batch))
             with self.half(), phases("forward/backward"):
                 grpo.update(self.policy, self.reference, self.optimizers, batch, adv, run.banned,
                             self.grpo)  # fmt: skip

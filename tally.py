@@ -1,4 +1,4 @@
-"""Tally: the rewards of a step as a table, and what a step's samples say in numbers.
+"""Tally: the rewards of a step as a table, their advantages, what a step's samples say in numbers.
 
 Letters: R reward functions, B prompts, G completions per prompt.
 """
@@ -10,6 +10,8 @@ from torch import Tensor
 
 import parallel
 import worker
+from deal import MicroBatch
+from estimators import adora_weights, group_advantages, in_band, moments, penalized, whiten
 from grading import score_all
 from rollout import Rollout
 
@@ -35,9 +37,36 @@ def has_signal(reward: Tensor) -> Tensor:
     return reward.nan_to_num(math.inf).amin(1) < reward.nan_to_num(-math.inf).amax(1)
 
 
-def step_metrics(rollout: Rollout, table: Tensor, rewards: list) -> dict:
-    """What the samples of all processes say; shares are over completions, no_signal over groups.
-    reward_killed and reward_failed are over completions and functions, since worker.counted()."""
+def learnable(table: Tensor, rewards: list, cfg) -> Tensor:
+    """total_reward (B, G), NaN in groups whose first reward is on average not in cfg.least_right
+    ... cfg.most_right."""
+    outside = ~in_band(table[0], cfg.least_right, cfg.most_right)
+    return total_reward(table, rewards).masked_fill(outside[:, None], math.nan)
+
+
+def advantages(rollout: Rollout, table: Tensor, rewards: list, cfg) -> Tensor:
+    """A_i (B, G); NaN of completions that do not train, as `learnable` has no reward of them."""
+    lengths, finished = rollout.lengths.cpu(), rollout.finished.cpu()
+    weights = adora_weights(table[0], lengths, finished, cfg.adora)
+    return weights * group_advantages(learnable(table, rewards, cfg), cfg.advantage)
+
+
+def token_advantages(micros: list[MicroBatch], cfg) -> None:
+    """Turns the advantages of completions (B', G, 1) into those that train: less the KL, where it
+    is in the reward (B', G, T); whitened over the tokens of a step, those of all processes."""
+    for m in micros:
+        if m.ref is not None and cfg.kl == "reward":
+            m.adv = penalized(m.adv, m.rollout.logp, m.ref, m.mask, cfg.beta)
+    if cfg.advantage == "baseline":
+        found = parallel.total(sum(moments(m.adv, m.mask) for m in micros))
+        for m in micros:
+            m.adv = whiten(m.adv, found)
+
+
+def step_metrics(rollout: Rollout, table: Tensor, rewards: list, cfg) -> dict:
+    """What the samples of all processes say; shares are over completions, no_signal and out_of_band
+    over groups. reward_killed and reward_failed are over completions and functions, since
+    worker.counted()."""
     mine = (table.transpose(0, 1), rollout.lengths.cpu().float(), rollout.finished.cpu())
     everyone = parallel.gathered((*mine, worker.counted()))
     table, lengths, finished = (torch.cat(x) for x in list(zip(*everyone))[:3])
@@ -52,6 +81,7 @@ def step_metrics(rollout: Rollout, table: Tensor, rewards: list) -> dict:
     return found | {
         "reward_std": float(reward.std(1).nanmean()),
         "no_signal": float((~has_signal(reward)).float().mean()),
+        "out_of_band": float((~in_band(table[0], cfg.least_right, cfg.most_right)).float().mean()),
         "no_reward": float(reward.isnan().float().mean()),
         "reward_killed": sum(counts["killed"] for *_, counts in everyone) / table.numel(),
         "reward_failed": sum(counts["failed"] for *_, counts in everyone) / table.numel(),

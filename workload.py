@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 import costs
+import estimators
 import grpo
 import machine
 import parallel
@@ -151,7 +152,7 @@ def update_step(run, step: int, batch) -> dict:
     """The rest of it, with rewards of 0 or 1 by a coin; grpo.update's metrics."""
     coins = torch.from_numpy(np.random.default_rng((run.cfg.seed, step, 1)).integers(
         0, 2, batch.lengths.shape).astype(np.float32))  # fmt: skip
-    adv = grpo.group_advantages(coins, run.grpo.advantage).to(run.device)
+    adv = estimators.group_advantages(coins, run.grpo.advantage).to(run.device)
     with run.half():
         return grpo.update(run.policy, run.reference, run.optimizers, batch, adv,
                            run.processor.banned_ids, run.grpo)  # fmt: skip
@@ -336,9 +337,8 @@ def main(argv=None) -> dict:
     cfg = parse(Config, argv, __doc__)
     words = sys.argv[1:] if argv is None else argv
     with parallel.together(), parallel.told():
-        device = parallel.start()
-        result = measure(cfg, device)
-        result = {"command": shlex.join(["python", "bench.py", "r1v", *words]), **result}
+        command = shlex.join(["python", "bench.py", "r1v", *words])
+        result = {"command": command, **measure(cfg, parallel.start())}
         name = f"r1v-{cfg.shape}-{result['machine']['device']}".replace(" ", "_")
         out = Path(cfg.out or HERE / "bench" / "results" / f"{name}.json")
         write_json(result, out)

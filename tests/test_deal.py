@@ -65,7 +65,7 @@ def test_micro_batches_keep_to_a_budget_of_tokens_patches_and_prompts(rollout):
 
     def sizes(budget):
         found = deal.micro_batches(rollout, adv, rollout.mask, weights, 3, budget)
-        return [len(part.prompts) for part, *_ in found]
+        return [len(m.rollout.prompts) for m in found]
 
     assert sizes(None) == sizes(int(sum(costs)) + 1) == [3] and sizes(1) == [1, 1, 1]
     assert sizes(int(sum(costs[:2])) + 1) == [2, 1]
@@ -93,15 +93,28 @@ def test_an_empty_micro_batch_runs_a_few_tokens_that_count_for_nothing(monkeypat
     weights = torch.rand(rollout.mask.shape)
     micros = deal.micro_batches(rollout, torch.ones(3, 2), rollout.mask, weights, 1, None)
     assert len(micros) == 5
-    real = [m for m in micros if m[4].any()]
-    assert [m[0].prompts[0].text for m in real] == [p.text for p in rollout.prompts]
-    for b, (part, adv, mask, w, counted) in enumerate(real):
-        assert torch.equal(part.ids[0], rollout.ids[b]) and adv.shape == (1, 2, 1)
-        assert torch.equal(w[0], weights[b]) and torch.equal(mask[0], rollout.mask[b])
-        assert torch.equal(counted[0], rollout.mask[b])
-    for part, _, _, w, counted in (m for m in micros if not m[4].any()):
-        assert len(part.prompts) == 1 and not w.any() and not counted.any()
-        assert len(part.prompts[0].ids) == 4 and part.lengths.tolist() == [[1, 1]]
+    real = [m for m in micros if m.counted.any()]
+    assert [m.rollout.prompts[0].text for m in real] == [p.text for p in rollout.prompts]
+    for b, m in enumerate(real):
+        assert torch.equal(m.rollout.ids[0], rollout.ids[b]) and m.adv.shape == (1, 2, 1)
+        assert torch.equal(m.weights[0], weights[b]) and torch.equal(m.mask[0], rollout.mask[b])
+        assert torch.equal(m.counted[0], rollout.mask[b])
+    for m in (m for m in micros if not m.counted.any()):
+        assert len(m.rollout.prompts) == 1 and not m.weights.any() and not m.mask.any()
+        assert len(m.rollout.prompts[0].ids) == 4 and m.rollout.lengths.tolist() == [[1, 1]]
+
+
+def test_minibatches_take_turns_at_the_prompts_of_a_step(rollout):
+    """The prompts 0 and 2, and 1; with their advantages."""
+    adv = torch.arange(6.0).view(3, 2)
+    found, even = deal.deal_out(rollout, adv, minibatches=2)
+    assert [[p.text for p in part.prompts] for part, _ in found] == [
+        [rollout.prompts[i].text for i in rows] for rows in ((0, 2), (1,))
+    ]  # fmt: skip
+    for (part, own), rows in zip(found, ([0, 2], [1])):
+        assert torch.equal(own, adv[rows]) and torch.equal(part.ids, rollout.ids[rows])
+    ((whole, same),), even = deal.deal_out(rollout, adv)
+    assert whole is rollout and same is adv and even == 1
 
 
 def test_groups_and_join_are_inverse(rollout):

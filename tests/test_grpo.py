@@ -1,5 +1,5 @@
-"""grpo.py, chapter two: every formula on numbers done by hand, then the whole step against a naive
-twin, then runs that learn.
+"""grpo.py, chapter two: the whole step against a naive twin, then runs that learn. The formulae, on
+numbers done by hand, are in test_estimators.py.
 
 The twin is GRPO as the papers print it, in loops over sequences and tokens: prompt and image are
 repeated for every completion, batches are padded, logits are full, the model is transformers' own.
@@ -27,28 +27,15 @@ from ahead import Ahead
 from checkpoint import hub_name
 from config import parse, validate
 from data import Processor
+from estimators import group_advantages, k3
 from grading import load_rewards
-from grpo import (
-    Config,
-    clipped_loss,
-    group_advantages,
-    has_signal,
-    importance_ratio,
-    k3,
-    main,
-    sample_batch,
-    sample_groups,
-    token_weights,
-    total_reward,
-    train,
-    update,
-)
+from grpo import Config, main, sample_batch, sample_groups, train, update
 from lora import Learns, part_of
 from model import Qwen2VL, VisionTower
 from optim import draw_rows, make_optimizers
 from rollout import Rollout, as_rollout, look, score
 from rows import Example
-from tally import reward_table
+from tally import advantages, has_signal, reward_table
 
 NAN = math.nan
 
@@ -62,214 +49,6 @@ def close(found: Tensor, expected, tolerance: float = 1e-6) -> bool:
 
 def column(*values) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
-
-
-# -------------------------------------------------------------------------------------- advantages
-
-
-def test_advantage_is_the_distance_from_the_mean_in_standard_deviations():
-    """A_i = (r_i - mean) / (std + 1e-4). Of 1, 2, 3, 6: mean 3, unbiased variance (4+1+0+9)/3."""
-    std = math.sqrt(14 / 3)
-    found = group_advantages(column([1, 2, 3, 6]))
-    assert close(found, [[x / (std + 1e-4) for x in (-2, -1, 0, 3)]])
-
-
-def test_the_standard_deviation_is_the_unbiased_one():
-    """Of 0, 1 it is sqrt(1/2), not 1/2: the advantages are -+ 0.707, not -+ 1."""
-    assert close(group_advantages(column([0, 1])), [[-math.sqrt(0.5), math.sqrt(0.5)]], 2e-4)
-
-
-def test_1e_4_is_added_to_the_standard_deviation():
-    """Rewards 0 and 0.0002: std 0.0001414, so A = 0.0001 / 0.0002414 = 0.414, not 0.707."""
-    found = group_advantages(column([0, 2e-4]))
-    assert close(found, [[-0.41421, 0.41421]], 1e-4)
-    assert close(group_advantages(column([0, 2e-4]), eps=0.0), [[-0.70711, 0.70711]], 1e-4)
-
-
-def test_center_does_not_divide():
-    """Dr. GRPO: A_i = r_i - mean."""
-    assert close(group_advantages(column([1, 2, 3, 6]), "center"), [[-2, -1, 0, 3]])
-
-
-def test_loo_compares_with_the_mean_of_the_others():
-    """RLOO: A_i = r_i - mean_{j != i} r_j. For 1 of 1, 2, 3, 6: 1 - 11/3."""
-    found = group_advantages(column([1, 2, 3, 6]), "loo")
-    assert close(found, [[1 - 11 / 3, 2 - 10 / 3, 3 - 9 / 3, 6 - 6 / 3]])
-
-
-@pytest.mark.parametrize("kind", ["group", "center", "loo"])
-def test_each_group_has_a_baseline_of_its_own(kind):
-    first, second = column([1, 2, 3, 6]), column([0, 0, 8, 0])
-    both = group_advantages(torch.cat((first, second)), kind)
-    assert close(both, torch.cat((group_advantages(first, kind), group_advantages(second, kind))))
-    assert not close(both[:1], both[1:].tolist(), 0.1)
-
-
-@pytest.mark.parametrize("kind", ["group", "center", "loo"])
-def test_equal_rewards_give_zero_advantage(kind):
-    assert close(group_advantages(column([1, 1, 1], [0.25, 0.25, 0.25], [0, 0, 0]), kind),
-                 torch.zeros(3, 3).tolist())
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        ("group", [-1 / (math.sqrt(2) + 1e-4), 0, 1 / (math.sqrt(2) + 1e-4), 0]),
-        ("center", [-1, 0, 1, 0]),
-        ("loo", [-2, 0, 2, 0]),
-    ],
-)
-def test_a_completion_without_reward_is_out_of_the_baseline_and_gets_zero(kind, expected):
-    """1, NaN, 3, NaN is the group 1, 3: mean 2, unbiased std sqrt(2)."""
-    assert close(group_advantages(column([1, NAN, 3, NAN]), kind), [expected])
-
-
-@pytest.mark.parametrize("kind", ["group", "center", "loo"])
-def test_one_reward_or_none_in_a_group_gives_zero(kind):
-    """There is nothing to compare with: no NaN, no division by 0."""
-    found = group_advantages(column([NAN, 5, NAN], [NAN, NAN, NAN]), kind)
-    assert close(found, torch.zeros(2, 3).tolist())
-
-
-def test_advantages_leave_the_rewards_as_they_were():
-    rewards = column([1, NAN, 3])
-    group_advantages(rewards)
-    assert close(rewards, [[1, NAN, 3]])
-
-
-# ----------------------------------------------------------------------------- ratio, clip, KL
-
-
-LOGP = torch.tensor([[[0.3, -0.2, 0.5], [0.1, 9.0, 9.0]]])  # (1, 2, 3)
-OLD = torch.tensor([[[0.1, 0.0, 0.2], [0.3, 0.0, 0.0]]])
-MASK = torch.tensor([[[True, True, True], [True, False, False]]])
-
-
-def test_the_ratio_of_a_token_is_pi_over_pi_old():
-    """r_t = exp(logp_t - old_t); 1 where there is no token."""
-    found = importance_ratio(LOGP, OLD, MASK, "token")
-    expected = [[[math.exp(0.2), math.exp(-0.2), math.exp(0.3)], [math.exp(-0.2), 1, 1]]]
-    assert close(found, expected)
-
-
-def test_the_ratio_of_a_sequence_is_the_geometric_mean():
-    """GSPO: r = exp(1/|o| sum_t (logp_t - old_t)); masked tokens are neither summed nor counted."""
-    found = importance_ratio(LOGP, OLD, MASK, "sequence")
-    assert close(found, [[[math.exp((0.2 - 0.2 + 0.3) / 3)], [math.exp(-0.2)]]])
-
-
-def test_the_ratio_of_an_empty_sequence_is_one():
-    none = torch.zeros_like(MASK)
-    assert close(importance_ratio(LOGP, OLD, none, "sequence"), [[[1.0], [1.0]]])
-
-
-# ratio, advantage, -min(r A, clip(r, 0.8, 1.3) A), its derivative by r
-CLIP = [
-    (1.0, 2.0, -2.0, -2.0),
-    (1.2, 2.0, -2.4, -2.0),  # above 1.2 with clip_high 0.3: still inside
-    (1.5, 2.0, -2.6, 0.0),  # 1.3 * 2: better than wanted already, no gradient
-    (0.5, 2.0, -1.0, -2.0),  # a good one that got rare: not clipped
-    (1.0, -2.0, 2.0, 2.0),
-    (0.5, -2.0, 1.6, 0.0),  # 0.8 * 2: rare enough already, no gradient
-    (1.5, -2.0, 3.0, 2.0),  # a bad one that got frequent: not clipped
-    (0.75, -2.0, 1.6, 0.0),
-    (0.85, -2.0, 1.7, 2.0),
-    (1.5, 0.0, 0.0, 0.0),
-]
-
-
-@pytest.mark.parametrize(("ratio", "adv", "loss", "slope"), CLIP)
-def test_the_clipped_loss_by_hand(ratio, adv, loss, slope):
-    """-min(r A, clip(r, 1 - 0.2, 1 + 0.3) A): the gradient is 0 exactly where the clip binds."""
-    r = torch.tensor([[[ratio]]], requires_grad=True)
-    found = clipped_loss(r, torch.tensor([[[adv]]]), clip_low=0.2, clip_high=0.3)
-    (gradient,) = torch.autograd.grad(found.sum(), r)
-    assert (found.item(), gradient.item()) == pytest.approx((loss, slope))
-
-
-def test_one_advantage_serves_all_tokens_of_its_completion():
-    ratio = torch.ones(2, 2, 3)
-    adv = torch.tensor([[1.0, 2.0], [3.0, 4.0]])[..., None]
-    expected = [[[-1.0] * 3, [-2.0] * 3], [[-3.0] * 3, [-4.0] * 3]]
-    assert close(clipped_loss(ratio, adv, 0.2, 0.2), expected)
-    assert close(clipped_loss(ratio[..., :1], adv, 0.2, 0.2), [[[-1], [-2]], [[-3], [-4]]])
-
-
-def test_k3_by_hand():
-    """k3 = ref/pi - log(ref/pi) - 1. For ref/pi = 2: 2 - 0.693 - 1; for 1/2: 0.5 + 0.693 - 1."""
-    logp = torch.tensor([math.log(0.2), math.log(0.4), math.log(0.3)])
-    ref = torch.tensor([math.log(0.4), math.log(0.2), math.log(0.3)])
-    assert close(k3(logp, ref), [1 - math.log(2), math.log(2) - 0.5, 0.0])
-
-
-def test_k3_is_never_negative():
-    logp, ref = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
-    assert k3(logp, ref).min() >= 0
-    assert k3(logp, ref).max() > 1
-
-
-def test_k3_pulls_towards_the_reference():
-    """d k3 / d logp = 1 - ref/pi: 0 at the reference, up (-) where too rare, down (+) where not."""
-    logp = torch.tensor([math.log(0.2), math.log(0.4), math.log(0.3)], requires_grad=True)
-    ref = torch.tensor([math.log(0.4), math.log(0.2), math.log(0.3)])
-    (gradient,) = torch.autograd.grad(k3(logp, ref).sum(), logp)
-    assert close(gradient, [1 - 2, 1 - 0.5, 0.0])
-
-
-def test_k3_is_an_unbiased_estimate_of_the_kl():
-    """E_pi[k3] = KL(pi || ref) = 0.5 log(0.5/0.2) + 0.3 log(0.3/0.3) + 0.2 log(0.2/0.5)."""
-    pi, ref = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
-    mean = (pi * k3(pi.log(), ref.log())).sum()
-    assert mean.item() == pytest.approx(0.3 * math.log(2.5))
-
-
-# ---------------------------------------------------------------------------------- token weights
-
-LENGTHS = torch.tensor([[1, 3], [2, 0]])  # B = G = 2; the last is empty or masked
-TOKENS = torch.arange(4) < LENGTHS[..., None]  # (2, 2, 4)
-
-
-def weights_of(mean: str, mask: Tensor = TOKENS) -> list:
-    return token_weights(mask, mean, sequences=4, max_new=4).tolist()
-
-
-def test_sequence_mean_weighs_completions_alike():
-    """GRPO: 1 / (|o_i| 4 sequences)."""
-    assert weights_of("sequence") == [
-        [[1 / 4, 0, 0, 0], pytest.approx([1 / 12, 1 / 12, 1 / 12, 0])],
-        [[1 / 8, 1 / 8, 0, 0], [0, 0, 0, 0]],
-    ]
-
-
-def test_token_mean_weighs_tokens_alike():
-    """DAPO: 1 / 6 tokens."""
-    w = pytest.approx(1 / 6)
-    assert weights_of("token") == [[[w, 0, 0, 0], [w, w, w, 0]], [[w, w, 0, 0], [0, 0, 0, 0]]]
-
-
-def test_constant_mean_weighs_tokens_by_what_could_have_been():
-    """Dr. GRPO: 1 / (4 sequences x 4 tokens at most)."""
-    w = 1 / 16
-    assert weights_of("constant") == [[[w, 0, 0, 0], [w, w, w, 0]], [[w, w, 0, 0], [0, 0, 0, 0]]]
-
-
-@pytest.mark.parametrize(
-    ("mean", "total"), [("sequence", 3 / 4), ("token", 1.0), ("constant", 6 / 16)]
-)
-def test_weights_sum_to_what_the_mean_says(mean, total):
-    """A masked completion stays in the denominator of sequence and constant, not of token."""
-    assert token_weights(TOKENS, mean, 4, 4).sum().item() == pytest.approx(total)
-
-
-def test_the_token_mean_is_over_the_tokens_of_all_processes():
-    """6 tokens here, 12 in all."""
-    found = token_weights(TOKENS, "token", 8, 4, tokens=torch.tensor(12))
-    assert found.sum().item() == pytest.approx(1 / 2)
-
-
-@pytest.mark.parametrize("mean", ["sequence", "token", "constant"])
-def test_nothing_to_learn_from_gives_zero_weights(mean):
-    assert weights_of(mean, torch.zeros_like(TOKENS)) == torch.zeros(2, 2, 4).tolist()
 
 
 # --------------------------------------------------------------------------------- the naive twin
@@ -372,43 +151,70 @@ def naive_logp(hf, rollout: Rollout, processor, temperature: float) -> list[Tens
 
 
 def naive_loss(logp, old, ref, adv, finished, cfg) -> tuple[Tensor, dict]:
-    """The GRPO loss of N completions, in loops, and the metrics that update() gives."""
+    """The GRPO loss of N completions with advantages of their tokens, in loops, and the metrics
+    that update() gives. adv: N lists; NaN does not train."""
     losses, clipped = [], 0
-    learnt = [bool(f) or not cfg.mask_truncated for f in finished]
+    learnt = [(bool(f) or not cfg.mask_truncated) and not math.isnan(a[0])
+              for f, a in zip(finished, adv)]  # fmt: skip
     all_tokens = sum(len(l) for l, yes in zip(logp, learnt) if yes)
-    for i, A in enumerate(adv.tolist()):
+    for i in range(len(logp)):
         own = []
-        for t in range(len(logp[i])):
-            ratio = torch.exp(logp[i][t] - old[i][t])
+        for t in range(len(logp[i]) if learnt[i] else 0):
+            ratio, A = torch.exp(logp[i][t] - old[i][t]), adv[i][t]
             if cfg.ratio == "sequence":
                 ratio = torch.exp((logp[i] - old[i]).mean())
+            if cfg.ratio_cap and ratio > cfg.ratio_cap:
+                ratio = torch.tensor(cfg.ratio_cap)
             bounded = min(max(ratio.item(), 1 - cfg.clip_low), 1 + cfg.clip_high)
             inside = bounded == ratio.item()
             gain = torch.min(ratio * A, (ratio if inside else torch.tensor(bounded)) * A)
-            clipped += not inside and gain.item() == pytest.approx(bounded * A) and learnt[i]
+            clipped += not inside and gain.item() == pytest.approx(bounded * A)
             kl = torch.exp(ref[i][t] - logp[i][t]) - (ref[i][t] - logp[i][t]) - 1 if ref else 0.0
-            own.append(-gain + cfg.beta * kl)
-        share = {"sequence": 1 / len(own) / len(adv), "token": 1 / max(1, all_tokens),
+            own.append(-gain + (cfg.beta * kl if cfg.kl == "loss" else 0.0))
+        share = {"sequence": 1 / max(1, len(own)) / len(adv), "token": 1 / max(1, all_tokens),
                  "constant": 1 / len(adv) / cfg.max_new}[cfg.mean]  # fmt: skip
-        losses.append(sum(own) * share * learnt[i])
+        losses.append(sum(own) * share)
     n = sum(len(l) for l in logp)
     return sum(losses), {"clip_share": clipped / n}
 
 
-def naive_update(hf, reference, optimizer, rollout, adv, processor, cfg) -> dict:
-    """`updates_per_batch` steps of the twin; old and reference log-probs are taken before them."""
-    def logps(model):
-        return naive_logp(model, rollout, processor, cfg.temperature)
+def naive_advantages(adv: list[float], logp, ref, finished, cfg) -> list[list[float]]:
+    """Of the tokens of N completions: with the KL in the reward a token's return is the reward at
+    the end less beta times the log-ratios on the way; REINFORCE++ then whitens all that train."""
+    found = []
+    for i, A in enumerate(adv):
+        returns, after = [], A
+        for t in reversed(range(len(logp[i]))):
+            if ref and cfg.kl == "reward":
+                after = after - cfg.beta * (logp[i][t] - ref[i][t]).item()
+            returns.insert(0, after)
+        found.append(returns)
+    if cfg.advantage == "baseline":
+        flat = [a for i, own in enumerate(found) for a in own
+                if not math.isnan(a) and (finished[i] or not cfg.mask_truncated)]  # fmt: skip
+        found = [[(a - np.mean(flat)) / np.std(flat) for a in own] for own in found]
+    return found
 
+
+def naive_update(hf, reference, optimizer, rollout, adv, processor, cfg) -> dict:
+    """The steps of the twin on one batch; old and reference log-probs, and what the advantages of
+    tokens are, are taken before them. Minibatches: every so many-th prompt."""
+    def logps(model, part=rollout):
+        return naive_logp(model, part, processor, cfg.temperature)
+
+    G, finished = adv.shape[1], rollout.finished.flatten().tolist()
     with torch.no_grad():
         old, ref = logps(hf), logps(reference) if reference else None
+    credit = naive_advantages(adv.flatten().tolist(), old, ref, finished, cfg)
     for _ in range(cfg.updates_per_batch):
-        optimizer.zero_grad()
-        loss, metrics = naive_loss(
-            logps(hf), old, ref, adv.flatten(), rollout.finished.flatten(), cfg
-        )
-        loss.backward()
-        optimizer.step()
+        for k in range(cfg.minibatches):
+            rows = list(range(k, len(adv), cfg.minibatches))
+            at = [b * G + g for b in rows for g in range(G)]
+            own = [[x[i] for i in at] if x else None for x in (old, ref, credit, finished)]
+            optimizer.zero_grad()
+            loss, metrics = naive_loss(logps(hf, rollout.select(rows)), *own, cfg)
+            loss.backward()
+            optimizer.step()
     return {"loss": loss.item(), **metrics}
 
 
@@ -570,6 +376,76 @@ def test_truncated_completions_do_not_train_if_masked(mean, ratio, folder, rollo
     assert distance(seen[0], unmasked[0]) > 1e-2
 
 
+NEW = {
+    "MM-Eureka": {"advantage": "baseline", "minibatches": 2},
+    "MM-Eureka 2": {"ratio_cap": 1.16, "minibatches": 2, "clip_low": 0.05},
+    "LMM-R1": {"advantage": "baseline", "kl": "reward", "beta": 0.3, "mean": "token"},
+    "verl": {"minibatches": 2, "updates_per_batch": 2, "beta": 0.3, "mean": "token"},
+    "all at once": {"advantage": "baseline", "kl": "reward", "beta": 0.3, "ratio": "sequence",
+                    "minibatches": 2, "mask_truncated": True, "mean": "constant"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_the_estimators_of_other_systems_are_those_of_the_naive_twin(
+    name, folder, far, rollout, processor
+):
+    """Each step's gradient, in micro-batches of 1 and 3 prompts; one completion has no reward, and
+    none of a group that is out of the band."""
+    cfg, adv = keys(**NEW[name]), ADV.clone()
+    adv[0, 2] = NAN
+    if name == "all at once":
+        adv[3] = NAN
+    theirs, reference = (hf_model(far), Qwen2VL.from_pretrained(far)) if cfg.beta else (None, None)
+    expected, naive = twin(folder, rollout, processor, cfg, adv, theirs)
+    for micro in (1, 3):
+        seen, found, _ = ours(folder, rollout, processor, replace(cfg, micro_prompts=micro), adv,
+                              reference)
+        assert len(seen) == len(expected) == cfg.minibatches * cfg.updates_per_batch
+        apart = [distance(*both) for both in zip(seen, expected)]
+        assert apart[0] < 1e-5 and max(apart) < 1e-4  # which each step makes larger
+    assert found["skipped"] == 0 and ("kl" in found) == bool(cfg.beta)
+    if cfg.minibatches == 1:
+        assert found["loss"] == pytest.approx(naive["loss"], abs=1e-5)
+        assert found["clip_share"] == pytest.approx(naive["clip_share"])
+
+
+def test_each_of_these_keys_changes_the_gradient(folder, far, rollout, processor):
+    """Or the comparison above would prove little."""
+    reference = Qwen2VL.from_pretrained(far)
+
+    def steps(**changes):
+        cfg = keys(beta=0.3, minibatches=2, ratio_cap=4.0, clip_low=0.05)
+        return ours(folder, rollout, processor, replace(cfg, **changes), ADV, reference)[0]
+
+    plain = steps()
+    for changes in ({"advantage": "baseline"}, {"kl": "reward"}, {"minibatches": 4},
+                    {"ratio_cap": 1.16}):  # fmt: skip
+        assert distance(plain[1], steps(**changes)[1]) > 1e-3, changes
+
+
+def test_the_metrics_of_minibatches_are_those_of_the_whole_batch(folder, far, rollout, processor):
+    """With a step size of 0 the parts are those of one update: means over all tokens, the mean of
+    the losses, of which each has a denominator of its own."""
+    reference = Qwen2VL.from_pretrained(far)
+    (one, two) = (ours(folder, rollout, processor, keys(beta=0.3, minibatches=n), ADV, reference,
+                       lr=0.0)[1] for n in (1, 2))  # fmt: skip
+    norms = [k for k in one if k.startswith("grad_norm")]
+    for name in one.keys() - set(norms):
+        assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-7), name
+    assert all(two[name] > 0 for name in norms)
+
+
+def test_a_minibatch_that_is_not_finite_is_skipped_alone(folder, rollout, processor):
+    """The prompts 1 and 3 are the second minibatch; the first has had its step."""
+    adv = ADV.clone()
+    adv[1, 0] = math.inf
+    seen, found, _ = ours(folder, rollout, processor, keys(minibatches=2), adv)
+    plain, _, _ = ours(folder, rollout, processor, keys(minibatches=2))
+    assert (found["skipped"], found["grad_norm"], len(seen)) == (1, None, 1)
+    assert distance(seen[0], plain[0]) == 0
+
+
 def test_a_batch_of_text_alone_trains_and_leaves_the_vision_tower(folder, processor):
     prompts = [processor.prompt(Example(text, "1")) for text in ("one", "two red cubes")]
     rollout = as_rollout(prompts, [[[7, 8], [9]], [[10], [11, 12, 13]]])
@@ -648,14 +524,14 @@ def test_a_group_without_advantage_changes_nothing(folder, rollout, processor):
 @pytest.mark.parametrize("updates", [1, 2])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(updates, folder, rollout, processor):
     adv = ADV.clone()
-    adv[2, 1] = NAN
+    adv[2, 1] = math.inf
     model = Qwen2VL.from_pretrained(folder)
     optimizers = make_optimizers(model, "muon", 1e-2)
     before = copy.deepcopy(model.state_dict())
     cfg = keys(updates_per_batch=updates)
     found = update(model, None, optimizers, rollout, adv, processor.banned_ids, cfg)
     assert (found["skipped"], found["grad_norm"]) == (updates, None)
-    assert math.isnan(found["loss"])
+    assert not math.isfinite(found["loss"])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(o.state for o in optimizers)
     found = update(model, None, optimizers, rollout, ADV, processor.banned_ids, cfg)
@@ -834,7 +710,7 @@ def learn(folder, processor, reward_file, weight=1.0, steps=25, **changes) -> li
     ahead, means, drawn = Ahead(processor, EXAMPLES), [], 0
     for _ in range(steps):
         rollout, table, drawn = sample_batch(policy, ahead, rewards, drawn, cfg)
-        adv = group_advantages(total_reward(table, rewards), cfg.advantage)
+        adv = advantages(rollout, table, rewards, cfg)
         update(policy, reference, optimizers, rollout, adv, processor.banned_ids, cfg)
         means.append(float(table.nanmean()))
     return means
@@ -846,6 +722,8 @@ VARIANTS = {
     "Dr. GRPO": {"mean": "constant", "advantage": "center"},
     "GSPO": {"ratio": "sequence", "updates_per_batch": 2},
     "RLOO": {"advantage": "loo", "mean": "token"},
+    "REINFORCE++": {"advantage": "baseline", "kl": "reward", "beta": 0.01, "mean": "token",
+                    "minibatches": 2},
     "with KL": {"beta": 0.01},
     "Muon": {"optimizer": "muon"},
 }
@@ -1070,6 +948,10 @@ MISTAKES = [
     (["--temperature", "0"], "temperature"),
     (["--grupo", "4"], "group"),
     (["--micro_prompts", "0"], "micro_prompts"),
+    (["--minibatches", "3"], "prompts 16: must be a multiple of minibatches 3"),
+    (["--least_right", "0.9", "--most_right", "0.1"], "least_right 0.9: is above most_right 0.1"),
+    (["--ratio_cap", "1.1"], "ratio_cap 1.1: must be above 1 + clip_high 0.2"),
+    (["--kl", "rewards"], "kl"),
 ]
 
 
