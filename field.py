@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ class Config:
 
     seeds: tuple[int, ...] = opt((0, 1, 2), "seeds of each run", least=0)
     runs: tuple[str, ...] = opt(tuple(RUNS), "which of them", choices=tuple(RUNS))
-    jobs: int = opt(2, "runs at a time, of one thread each", least=1)
+    jobs: int = opt(2, "runs at a time, of one thread each; 0: one after another, here", least=0)
     out: str = opt("bench/field.json", "results; a run and seed that it holds is not run again")
     picture: str = opt("docs/field.png", "the plot of them")
     plot_only: bool = opt(False, "table and picture of the results that are there")
@@ -141,13 +142,20 @@ def run_all(cfg: Config) -> None:
         write_json(found, cfg.out)
     left = [(name, seed) for seed in cfg.seeds for name in cfg.runs
             if str(seed) not in found["results"].get(name, {})]  # fmt: skip
+    for name, seed, one in done(left, cfg.jobs):
+        found["results"].setdefault(name, {})[str(seed)] = one
+        write_json(found, cfg.out)
+
+
+def done(left: list[tuple], jobs: int) -> Iterator[tuple]:
+    """(name, seed, see train) of runs, as they end."""
+    if not jobs:
+        yield from ((name, seed, train(name, seed)) for name, seed in left)
+        return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(cfg.jobs, context, torch.set_num_threads, (1,)) as pool:
-        asked = {pool.submit(train, name, seed): (name, str(seed)) for name, seed in left}
-        for done in as_completed(asked):
-            name, seed = asked[done]
-            found["results"].setdefault(name, {})[seed] = done.result()
-            write_json(found, cfg.out)
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+        asked = {pool.submit(train, name, seed): (name, seed) for name, seed in left}
+        yield from ((*asked[one], one.result()) for one in as_completed(asked))
 
 
 # -------------------------------------------------------------------------------- table and picture
@@ -162,11 +170,10 @@ def show(found: dict) -> str:
     lines.append(row("start", [found["start"]], names, None, None))
     plain = summaries(found, PLAIN, PLAIN)
     for line, of, stage, template in LINES:
-        if results := found["results"].get(of):
-            asked = summaries(found, of, line)
+        if asked := summaries(found, of, line):
             less = [seed for seed in asked if seed in plain]
             gains = [asked[s][names[0]]["accuracy"] - plain[s][names[0]]["accuracy"] for s in less]
-            seconds = np.mean([one["seconds"] for one in results.values()])
+            seconds = np.mean([found["results"][of][seed]["seconds"] for seed in asked])
             lines.append(row(line, list(asked.values()), names, None if line == PLAIN else gains,
                              None if stage or template else seconds))
     return "\n".join(lines)

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import forms
 import grpo
 import parallel
 import world
@@ -37,7 +38,6 @@ from data import Processor
 from evaluate import evaluate, load_evals
 from journal import newest_checkpoint, write_json
 from model import Qwen2VL
-from rewards import ANSWER, THINK
 
 EVALS = ("A=world:A:n=500", "A_attribute=world:A:n=500:ask=attribute", "B=world:B:n=500",
          "C=world:C:n=500")  # fmt: skip
@@ -73,17 +73,14 @@ class Config:
 
 def right_answer(example) -> str:
     """`<answer>3</answer>`."""
-    return f"{ANSWER[0]}{example.solution}{ANSWER[1]}"
+    return forms.wrapped(example.solution)
 
 
 def thought(example) -> str:
     """A chain of thought that is right: the objects that are asked for, numbered from left to
     right, as a teacher who reads the scene's description would go through them."""
-    scene = example.extra["scene"]
-    asked = world.execute(example.extra["program"][:-1], scene)
-    objects = sorted((scene["objects"][i] for i in asked), key=lambda o: o["pixel_coords"][0])
-    items = [f"{n} {o['color']} {o['shape']}" for n, o in enumerate(objects, 1)]
-    return f"{THINK[0]} {', '.join(items) or 'none'}{THINK[1]} {right_answer(example)}"
+    scene, program = (example.extra[key] for key in ("scene", "program"))
+    return forms.listed(scene, {}, forms.in_order(scene, world.execute(program[:-1], scene)), None)
 
 
 TARGETS = {"answers": right_answer, "thoughts": thought}

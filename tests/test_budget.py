@@ -17,10 +17,10 @@ ORDER = [
     "model", "lora", "live", "parallel", "optim", "shards", "scenes", "rows", "boxscores",
     "scorers", "patches", "data", "ahead", "sampling", "rollout", "deal", "plan", "estimators",
     "tally", "journal", "saving", "resume", "trackers", "advice", "kept", "evaluate", "chart",
-    "overlay", "report", "logbook", "grpo", "sieve", "sft", "chat", "letters", "describe",
-    "teachers", "traces", "pack", "asking", "bridge", "distill", "stages", "run", "eye", "tiny",
-    "tiny_boxes", "tiny_forms", "controls", "paper", "vlmr1", "field", "costs", "scaling",
-    "machine", "standin", "workload", "rivals", "bench",
+    "overlay", "report", "logbook", "grpo", "sieve", "sft", "chat", "letters", "teachers", "traces",
+    "describe", "pack", "asking", "bridge", "distill", "stages", "run", "eye", "tiny", "tiny_boxes",
+    "tiny_forms", "controls", "paper", "vlmr1", "field", "costs", "scaling", "machine", "standin",
+    "workload", "rivals", "bench",
 ]  # fmt: skip
 LINES = {"grpo": 400, "model": 600, "world": 450}  # every other file 350
 FUNCTION = 55  # lines; a train() may have 80
