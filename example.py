@@ -3,7 +3,8 @@
     to_example({"problem": "How many?", "solution": "<answer> 3 </answer>", "image": "a.png"}, base)
 
 Read are R1-V's columns (problem, solution, image), VLM-R1's and LLaVA's (conversations of human and
-gpt), TRL's (prompt or messages, with a solution or a completion), and their usual other names.
+gpt), TRL's (prompt or messages, with a solution or a completion), LMM-R1's and MM-Eureka's (a chat
+as JSON text in "message"; image_urls), and their usual other names.
 Of a chat one question and one answer are read, with a system message before them; more turns are
 refused. Images go before the text of the question, in their order and whatever place "<image>" had
 in it, as VLM-R1 does (grpo_jsonl.py); the template may put them elsewhere.
@@ -59,18 +60,21 @@ class Example:
 # Names that mean the same. A row has one of each line, or an error says which two it has.
 ASKED = ("problem", "question", "prompt", "messages", "conversations")
 GOLD = ("solution", "ground_truth", "answer")
-IMAGES = ("images", "image", "image_path")  # and file_name, where there is none of these
+IMAGES = ("images", "image", "image_path", "image_urls")  # else file_name
 TOLD = ("completion", "messages", "conversations")  # hold an answer, too, where there is no gold
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "system": "system"}  # fmt: skip
 ANCHOR = "<image>"
+LONGER = ("<thinking>", "</thinking>")  # THINK in solutions of Curr-ReFT
 
 
 def to_example(fields: dict, base: Path, row: str = "") -> Example:
     """The example of a row's columns; image paths start from the folder `base`, which is resolved.
     ValueError for what is missing, empty, ambiguous, or no file."""
-    asked, gold, cell = (pick(fields, names) for names in (ASKED, GOLD, IMAGES))
-    used = {*ASKED, *GOLD, *IMAGES, "completion"}
+    chat = chat_of(fields.get("message"))  # a "question" beside it is a part of it
+    asked = chat or pick(fields, ASKED)
+    gold, cell = (pick(fields, names) for names in (GOLD, IMAGES))
+    used = {*ASKED, *GOLD, *IMAGES, "completion", *(["message"] if chat else ())}
     if cell is None and fields.get("file_name") is not None:
         cell, used = fields["file_name"], used | {"file_name"}
     extra = {key: value for key, value in fields.items() if key not in used}
@@ -89,6 +93,9 @@ def to_example(fields: dict, base: Path, row: str = "") -> Example:
     if not problem.strip():
         raise ValueError(f"no problem ({', '.join(ASKED[1:])}): a text is expected")
     gold = told if gold is None else gold
+    if isinstance(gold, str) and gold.lstrip().startswith(LONGER[0]):
+        for longer, word in zip(LONGER, THINK):
+            gold = gold.replace(longer, word, 1)
     if isinstance(gold, bool) or not isinstance(gold, str | int | float | list | dict):
         raise ValueError(f"no solution ({', '.join(GOLD[1:])}): a text, a number or boxes are "
                          "expected")
@@ -113,6 +120,16 @@ def pick(fields: dict, names: tuple[str, ...]):
     if len(there) > 1:
         raise ValueError(f"has {' and '.join(there)}, which mean the same")
     return fields[there[0]] if there else None
+
+
+def chat_of(message) -> list | None:
+    """The messages of a column "message": a list, as JSON text or not; None for anything else."""
+    if not isinstance(message, str) or not message.lstrip().startswith("["):
+        return message if isinstance(message, list) else None
+    try:
+        return json.loads(message)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"message {message!r:.80}: no JSON ({error})") from error
 
 
 def read_turns(asked, completion) -> tuple[dict[str, str], list]:

@@ -111,13 +111,14 @@ def find_images(cell, base: Path) -> tuple[str | bytes, ...]:
 
 def find_image(name, base: Path) -> str:
     """The file `name`: a path from the folder `base`, which is resolved, or an absolute path below
-    it. A row of a data set may open no other file of the machine. In a snapshot of the hub's cache
-    the files are links to its blobs."""
+    it, also as file:///path. A row of a data set may open no other file of the machine. In a
+    snapshot of the hub's cache the files are links to its blobs."""
     if not isinstance(name, str) or not name or len(name) > 4096:
         raise ValueError(f"image {name!r:.80}: a path is expected")
-    said, path, blobs = base / name, (base / name).resolve(), blobs_of(base)
+    place = name.removeprefix("file://")
+    said, path, blobs = base / place, (base / place).resolve(), blobs_of(base)
     inside = path.is_relative_to(base)
-    if "://" in name or ".." in Path(name).parts or not (inside or said.is_relative_to(base)):
+    if "://" in place or ".." in Path(name).parts or not (inside or said.is_relative_to(base)):
         raise ValueError(f"image {name}: must be a path below {base} (--images names that folder), "
                          "no URL, without '..'")
     if not (inside or any(map(path.is_relative_to, blobs))):

@@ -1,8 +1,11 @@
 """Chapter two of example.py: the columns of the field, and what a row may not say."""
 
+import json
+
 import pytest
 
 from example import Example, to_example
+from rewards import accuracy, gold_answer, math
 
 DATA = b"the bytes of a picture"  # to_example does not decode it
 GOOD = {"problem": "How many?", "solution": "3"}
@@ -272,3 +275,117 @@ def test_a_chat_of_another_form_is_refused(tmp_path, row, reason):
     with pytest.raises(ValueError) as caught:
         read(row, tmp_path)
     assert reason in str(caught.value)
+
+
+# ------------------------------------------------------------------ rows of the systems of stages
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder, resolved, with two files that a row may name."""
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(DATA)
+    return tmp_path.resolve()
+
+
+def test_a_row_of_sat_as_visualthinker_packs_it(pictures):
+    """process_dataset.py: the option's text, a number or a letter is what the assistant says."""
+    asked = ("<image> Answer in natural language. Is the cup left or right of the hat? Choose "
+             "between the following options: left, or right")  # fmt: skip
+    for said in ("left", "3", "B"):
+        chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        found = read({"messages": chat, "images": ["a.png"]}, pictures)
+        assert found.problem == asked.removeprefix("<image> ") and found.solution == said
+        assert found.images == (str(pictures / "a.png"),)
+        assert accuracy(f"<think>so</think><answer>{said}</answer>", found) == 1
+        assert accuracy("<think>so</think><answer>right</answer>", found) == 0
+
+
+@pytest.mark.parametrize("where", ["file://{}/a.png", "{}/a.png", "a.png", "file://a.png"])
+def test_a_row_of_mm_eureka(pictures, where):
+    """README of its branch for InternVL; the pictures lie below --images."""
+    row = {"id": "0", "conversations": [{"role": "system", "content": "Think."},
+                                        {"role": "user", "content": "What is x?"}],
+           "answer": "\\frac{1}{2}", "image_urls": [where.format(pictures)]}  # fmt: skip
+    found = read(row, pictures)
+    assert (found.problem, found.solution) == ("What is x?", "\\frac{1}{2}")
+    assert found.images == (str(pictures / "a.png"),)
+    assert found.extra == {"id": "0", "system": "Think."}
+
+
+def test_a_chat_may_be_json_text_as_in_lmm_r1_and_mm_eureka(pictures):
+    """{"message": "[{...}]", "question", "answer"}: with and without a picture."""
+    part = {"type": "image", "image": f"file://{pictures}/b.png"}
+    text = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1 + 2?"}]
+    seen = [{"role": "user", "content": [part, {"type": "text", "text": "How many?"}]}]
+    found = read({"message": json.dumps(text), "question": "1 + 2?", "answer": "$3$"}, pictures)
+    assert found == Example("1 + 2?", "$3$", (), "", "a.jsonl:1")
+    assert found.extra == {"system": "Think."}
+    found = read({"id": "7", "message": json.dumps(seen), "answer": "$3$"}, pictures)
+    assert found == Example("How many?", "$3$", (str(pictures / "b.png"),), "", "a.jsonl:1")
+    assert math("<think>so</think><answer> $3$ </answer>", found) == 1
+
+
+def test_a_message_that_is_no_chat_is_another_column():
+    assert read(GOOD | {"message": "was checked"}).extra == {"message": "was checked"}
+    assert refused({"message": '[{"role": "user"', "answer": "3"}).startswith("message '[{")
+    assert "no JSON" in refused({"message": "[" * 10**6, "answer": "3"})
+    told = refused({"message": "[3]", "answer": "3"})
+    assert told == "a message 3: expected a role and a content"
+
+
+@pytest.mark.parametrize("solution, gold", [
+    ("<answer>yes</answer>", "yes"), ("<answer>A, C</answer>", "A, C"),
+    ("<answer>[10, 20, 30, 40]</answer>", "[10, 20, 30, 40]"),
+    ("<thinking>Two\nhats.</thinking><answer>cat, dog</answer>", "cat, dog"),
+])  # fmt: skip
+def test_a_row_of_curr_reft(pictures, solution, gold):
+    """Its reward asks for the column "task"; the thought of a solution is one to learn."""
+    row = {"problem": "What is there?", "solution": solution, "task": "classify", "image": "a.png"}
+    found = read(row, pictures)
+    assert gold_answer(found.solution) == gold and found.task == found.extra["task"] == "classify"
+    assert len(found.images) == 1
+    thought = "<think>Two\nhats.</think>"
+    thinks = {"thinking": thought, "completion": thought + "<answer>cat, dog</answer>"}
+    assert found.extra == {"task": "classify"} | (thinks if "Two" in solution else {})
+
+
+def test_a_row_of_open_r1_multimodal(pictures):
+    """lmms-lab/multimodal-open-r1-8k-verified: what was rewritten is kept beside it."""
+    told = "<think>It is\n12 / 4.</think>\n\n<answer>3</answer>"
+    before = {"original_question": "Find x. (A) 3 (B) 4", "original_answer": "A"}
+    image = {"bytes": DATA, "path": None}
+    found = read({"image": image, "problem": "What is x?", "solution": told} | before, pictures)
+    assert (found.problem, found.solution) == ("What is x?", "<answer>3</answer>")
+    thought = "<think>It is\n12 / 4.</think>"
+    assert found.extra == {"thinking": thought, "completion": told} | before
+
+
+@pytest.mark.parametrize("roles, column, cell", [
+    (("human", "gpt"), "image", "a.png"), (("user", "assistant"), "images", ["a.png"]),
+])  # fmt: skip
+def test_a_row_of_vision_r1s_cold_start(pictures, roles, column, cell):
+    """vision_r1_llava_cot_full.json and vision_r1_mulberry_sft_full.json."""
+    told = "<think>Wait, a cube.</think><answer> Final Answer:B </answer>"
+    chat = [dict(zip(("from", "value"), turn)) for turn in zip(roles, ("<image>Which?", told))]
+    found = read({"conversations": chat, column: cell}, pictures)
+    assert found.problem == "Which?" and gold_answer(found.solution) == "B"
+    assert found.extra == {"thinking": "<think>Wait, a cube.</think>", "completion": told}
+    assert found.images == (str(pictures / "a.png"),)
+
+
+def test_a_row_of_geometry3k():
+    """hiyouga/geometry3k: pictures inside the rows."""
+    found = read({"images": [{"bytes": DATA}], "problem": "<image>Find x.", "answer": "2 \\sqrt 3"})
+    assert found == Example("Find x.", "2 \\sqrt 3", (DATA,), "", "a.jsonl:1")
+
+
+@pytest.mark.parametrize("images", [["a.png"], []])
+def test_a_row_of_r1_onevision(pictures, images):
+    """LLaMA-Factory's sharegpt; what follows the thought is the answer, tagged or not."""
+    told = "<think>The bar is at 7.</think>\n\nIt is 7."
+    chat = [{"role": "user", "content": "<image>" * len(images) + "How high?"},
+            {"role": "assistant", "content": told}]  # fmt: skip
+    found = read({"messages": chat, "images": images}, pictures)
+    assert (found.problem, found.solution) == ("How high?", "It is 7.")
+    assert found.extra["completion"] == told and len(found.images) == len(images)
