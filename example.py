@@ -58,7 +58,7 @@ class Example:
 
 
 # Names that mean the same. A row has one of each line, or an error says which two it has.
-ASKED = ("problem", "question", "prompt", "messages", "conversations")
+ASKED = ("problem", "question", "prompt", "messages", "conversations", "message")
 GOLD = ("solution", "ground_truth", "answer")
 IMAGES = ("images", "image", "image_path", "image_urls")  # else file_name
 TOLD = ("completion", "messages", "conversations")  # hold an answer, too, where there is no gold
@@ -72,9 +72,9 @@ def to_example(fields: dict, base: Path, row: str = "") -> Example:
     """The example of a row's columns; image paths start from the folder `base`, which is resolved.
     ValueError for what is missing, empty, ambiguous, or no file."""
     chat = chat_of(fields.get("message"))  # a "question" beside it is a part of it
-    asked = chat or pick(fields, ASKED)
+    asked = chat or pick(fields, ASKED[:-1])
     gold, cell = (pick(fields, names) for names in (GOLD, IMAGES))
-    used = {*ASKED, *GOLD, *IMAGES, "completion", *(["message"] if chat else ())}
+    used = {*ASKED[:-1], *GOLD, *IMAGES, "completion", *(["message"] if chat else ())}
     if cell is None and fields.get("file_name") is not None:
         cell, used = fields["file_name"], used | {"file_name"}
     extra = {key: value for key, value in fields.items() if key not in used}
