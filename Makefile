@@ -39,13 +39,19 @@ distill: $(READY)  ## traces of the teacher MODEL: STEP=describe, query, sample,
 eval: $(READY)  ## evaluate MODEL (default: the newest run) on DATA (default: world:A), IMAGES=folder
 	$(RUN) evaluate.py $(SOURCES) $(ARGS)
 
+# Where pytest-xdist is there, tests run in a process for each core, of one thread each; those of a file
+# stay together, for what they share. ARGS="-n 0": all in one process.
+CORES := --numprocesses=auto --maxprocesses=4 --dist=loadfile
+BESIDE = $(if $(shell $(PY) -c "import xdist" 2>&1),,$(CORES))
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest $(BESIDE)
+
 test: $(READY)  ## style and the whole test suite, on the CPU
 	$(if $(VENV),$(PY) -m ruff check .)
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(READY)  ## the slow tests too
 	$(if $(VENV),$(PY) -m ruff check .)
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 bench: $(READY) $(if $(PEERS),.venv-peers/ready)  ## a step's seconds beside a naive twin's; PEERS=1: beside TRL's too (.venv-peers)
 	$(PY) bench.py $(if $(PEERS),--peers true) $(ARGS)

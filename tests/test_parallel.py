@@ -235,43 +235,69 @@ def test_a_mistake_is_told_once_and_ends_all_processes(rows):
 # ------------------------------------------------------------------------------- life and death
 
 ALONE = """
-import os, signal, sys, time
+import json, os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 import parallel
 parallel.BEAT, parallel.SILENT = 0.2, 3
+
+def start_both(way, port):
+    "Forks two processes, whose errors go to files: statuses of both in the parent, None in each."
+    children = []
+    for rank in (0, 1):
+        if not (child := os.fork()):
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_PORT=port)
+            os.dup2(os.open(f"{way}_{rank}", os.O_WRONLY | os.O_CREAT), 2)
+            return None
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+statuses = {}
+for word in sys.argv[2:]:
+    way, port = word.split(":")
+    statuses[way] = start_both(way, port)
+    if not statuses[way]:
+        break
+else:
+    print(json.dumps(statuses))
+    sys.exit()
 with parallel.together():
     parallel.start()
     parallel.gathered("here")
     if parallel.rank() == 1:
-        if sys.argv[2] == "kill":
+        if way == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if sys.argv[2] == "fail":
+        if way == "fail":
             raise ValueError("row 7 is no row")
-    if sys.argv[2] != "end":
+    if way != "end":
         time.sleep(100)
 """
+ENDS = {"kill": ("process 1 gave no sign of life for 3 s", [1, -9]),
+        "fail": ("process 1 failed: ValueError('row 7 is no row')", [1, 1]),
+        "end": ("", [0, 0])}  # fmt: skip
 
 
-@pytest.mark.parametrize("way, told", [("kill", "process 1 gave no sign of life for 3 s"),
-                                       ("fail", "process 1 failed: ValueError('row 7 is no row')"),
-                                       ("end", "")])  # fmt: skip
-def test_the_end_of_one_process_is_soon_the_end_of_all(tmp_path, way, told):
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """{way: (what the first of two processes said, statuses of both)}, for the ways of ENDS. One
+    interpreter imports torch, and all are forked from it."""
+    folder, words = tmp_path_factory.mktemp("alone"), []
+    for way in ENDS:
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            words.append(f"{way}:{s.getsockname()[1]}")
+    env = {**ENV, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    ran = subprocess.run([sys.executable, "-c", ALONE, ROOT, *words], cwd=folder, env=env,
+                         stdout=subprocess.PIPE, text=True, check=True, timeout=120)  # fmt: skip
+    statuses = json.loads(ran.stdout)
+    return {way: ((folder / f"{way}_0").read_text(), statuses[way]) for way in ENDS}
+
+
+@pytest.mark.parametrize("way", ENDS)
+def test_the_end_of_one_process_is_soon_the_end_of_all(alone, way):
     """Two processes that nobody watches from outside; the first waits for something else."""
-    script = tmp_path / "script.py"
-    script.write_text(ALONE)
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    both = [
-        subprocess.Popen([sys.executable, script, ROOT, way], stderr=subprocess.PIPE, text=True,
-                         env={**ENV, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                              "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
-        for rank in (0, 1)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=60)[1] for process in both]
-    assert told in said[0] and [p.returncode for p in both] == {
-        "kill": [1, -9], "fail": [1, 1], "end": [0, 0]
-    }[way]  # fmt: skip
+    said, statuses = alone[way]
+    told, wanted = ENDS[way]
+    assert told in said and statuses == wanted, said
 
 
 def test_each_start_has_a_name_of_its_own_whatever_lies_in_the_store():
