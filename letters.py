@@ -92,7 +92,7 @@ def wrap(text: str, face, width: int) -> list[str]:
             if line:
                 lines.append(line)
             line = piece.strip()
-            while face.getlength(line) > width:
+            while len(line) > 1 and face.getlength(line) > width:
                 fits = bisect_right(range(2, len(line)), width,
                                     key=lambda n, line=line: face.getlength(line[:n])) + 1
                 lines.append(line[:fits])

@@ -1,11 +1,11 @@
 """distill.py, chapter two: each step alone, killed and started again, then all of them in a row."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -164,13 +164,13 @@ def test_a_killed_run_goes_on_with_what_is_missing():
     out = Path("d/answers.jsonl")
     with ChatServer(right, delay=0.1) as server:
         argv = ["query", "--base_url", server.url, "--teacher", "R1", "--concurrency", "2"]
-        command = [sys.executable, str(ROOT / "distill.py"), *argv]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = multiprocessing.get_context("fork").Process(target=main, args=[argv])
+        process.start()
         while not out.exists() or out.read_bytes().count(b"\n") < 3:
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.01)
         process.kill()
-        process.wait()
+        process.join()
         time.sleep(0.15)
         there = out.read_bytes()
         kept = there.count(b"\n")
@@ -399,6 +399,60 @@ def test_answers_that_cannot_be_read_are_named_and_nothing_is_written():
     assert sorted(path.name for path in Path("d").iterdir()) == ["answers.jsonl"]
 
 
+def test_rewards_can_say_what_holds(capsys):
+    """Each of them must be at least --least; boxes are read in the frames that were spoken. A
+    direct answer may hold, too, and is learnt to the letter."""
+    box = {"id": "b", "problem": "Where?", "solution": "[10, 10, 50, 50]", "image": "0.png",
+           "view": ["0-1000", "pixels", [[100, 200, 100, 200]]]}  # fmt: skip
+    said = {"a": "<think>hm</think><answer>1/2</answer>", "b": "<answer>0.5</answer>",
+            "c": "<think>hm</think><answer>0.6</answer>"}  # fmt: skip
+    rows = [{"id": "m", "sample": k, "problem": "2x = 1?", "solution": "0.5", "text": text}
+            for k, text in enumerate(said.values())]  # fmt: skip
+    rows.append({**rows[0], "sample": 3, "finish": "length"})
+    write("d/answers.jsonl", rows)
+    counts = main(["verify", "--rewards", "math,gate(format,math)", "--keep", "none"])
+    assert counts == {None: 1, "a reward below 1": 2, "cut off (length)": 1}
+    counts = main(["verify", "--rewards", "math", "--keep", "none"])
+    assert counts[None] == 2 and [row["stated"] for row in read("d/verified.jsonl")] == ["1/2",
+                                                                                         "0.5"]
+    main(["pack", "--learn", "text"])
+    assert [row["completion"] for row in read("d/sft/rows.jsonl")] == [said["a"], said["b"]]
+    write("d/answers.jsonl", [
+        {**box, "sample": 0, "text": "<answer>[50, 100, 250, 500]</answer>"},  # thousandths
+        {**box, "sample": 1, "text": "<answer>[10, 10, 50, 50]</answer>"},
+        {**box, "sample": 2, "text": "<answer>[70, 100, 250, 500]</answer>"},  # IoU .9
+        {**box, "sample": 3, "text": "<answer>[1, 2, 3, 4]</answer>", "solution": "a box"}])
+    counts = main(["verify", "--rewards", "iou", "--least", "0.5", "--keep", "none"])
+    assert [row["sample"] for row in read("d/verified.jsonl")] == [0, 2]
+    assert counts["a solution that the rewards cannot read"] == 1
+    assert "reward rigth" in refused(["verify", "--rewards", "rigth"])
+
+
+def test_a_sampled_row_says_how_its_boxes_are_to_be_read(checkpoint):
+    Image.fromarray(picture(0, 56, 112)).save("a.png")
+    write("x.jsonl", [{"problem": "Where?", "solution": [1, 2, 30, 40], "image": "a.png",
+                       "task": "detection"}])  # fmt: skip
+    sample(checkpoint, "--data", "x.jsonl", "--out", "x/a.jsonl", "--n", "1")
+    (row,) = read("x/a.jsonl")
+    assert row["view"] == ["0-1000", "pixels", [[56, 112, 56, 112]]]
+    assert (row["task"], row["solution"]) == ("detection", "[1, 2, 30, 40]")
+
+
+def test_pictures_follow_the_answers_from_folder_to_folder(checkpoint):
+    """As a recipe of stages has them: each step in a folder of its own, each of which is whole."""
+    main(["describe", "--world", "world:A:n=1", "--out", "1/questions.jsonl"])
+    def teacher(n, body):
+        count = body["messages"][0]["content"].count("located at")
+        return {"reasoning_content": "I count.", "content": f"**The answer is: ** {count}"}
+
+    with ChatServer(teacher) as server:
+        query(server, "--data", "1/questions.jsonl", "--out", "2/rows.jsonl")
+    main(["verify", "--data", "2/rows.jsonl", "--out", "3/rows.jsonl"])
+    main(["pack", "--data", "3/rows.jsonl", "--out", "4/set"])
+    first, (last, *_) = read("1/questions.jsonl")[0], load_examples("4/set/rows.jsonl")
+    assert np.array_equal(open_image(last.images[0]), open_image(f"1/{first['image']}"))
+
+
 def test_names_are_sorted_as_people_do():
     names = ["a10#2", "a9#all", "a9#10", "a9#9", "b", "7", "²"]
     assert sorted(names, key=natural) == ["7", "a9#9", "a9#10", "a9#all", "a10#2", "b", "²"]
@@ -480,7 +534,7 @@ def test_steps_are_named_and_helped(capsys):
             main(argv)
         assert error.value.code == code
         assert "python distill.py describe --world" in capsys.readouterr().out
-    for step in ("describe", "query", "sample", "verify", "pack"):
+    for step in distill.STEPS:
         with pytest.raises(SystemExit) as error:
             main([step, "--help"])
         out = capsys.readouterr().out

@@ -250,7 +250,7 @@ def test_an_answer_can_be_learnt_to_the_letter():
                                      "completion": "<answer>5.0</answer>"}  # fmt: skip
     row |= {"text": "<think>The description says 5</think>5", "description": "A cube"}
     assert to_learn(row, "text")["completion"] == "<think>The image says 5</think>5"
-    with pytest.raises(ValueError, match="no thought; is it verified. .--learn text needs none"):
+    with pytest.raises(ValueError, match=r"no thought; is it verified. .--learn text needs none"):
         to_learn({**row, "text": "5"})
 
 
