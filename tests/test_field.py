@@ -97,7 +97,7 @@ def test_the_table_has_mean_and_range_and_the_difference_seed_by_seed():
                     "1": {"seconds": 62, "asked": one((PLAIN, 0.7))}},
             "open_r1": {"1": {"seconds": 70, "asked": one((LINES[9][0], 0.8))}}}
     lines = show({"start": start, "results": runs}).splitlines()
-    assert lines[0] == "| | A | C | A, against plain | tokens on A | seconds |"
+    assert lines[0] == "|  | A | C | A, against plain | tokens on A | seconds |"
     assert lines[2] == "| start | 0.250 | 0.250 |  | 8 |  |"
     mean = "0.600 (0.50 to 0.70)"
     assert lines[3] == f"| {PLAIN} | {mean} | {mean} |  | 9 | 61 |"
