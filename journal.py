@@ -55,7 +55,8 @@ def newest_checkpoint(folder: str) -> str:
     if is_hub_id(folder):
         return str(checkpoint_folder(folder))
     steps = [p for p in steps_of(folder) if whole(p)]
-    runs = [p for run in Path(folder).glob("*") for p in steps_of(run) if whole(p)]
+    runs = [p for pattern in ("*", "*/*") for run in Path(folder).glob(pattern)
+            for p in steps_of(run) if whole(p)]  # of a stage, too
     if not steps and runs:
         newest = max(runs, key=lambda p: p.stat().st_mtime).parent
         steps = [p for p in steps_of(newest) if whole(p)]

@@ -2,6 +2,8 @@
 
     python report.py runs/tiny        # reads the folder of a run, writes runs/tiny/report.html
 
+Of a recipe of several stages (run.py) each has its page, and all have one in the folder above them.
+
 The page is one file without script or network; its Content-Security-Policy forbids both. What a run
 says is shown, never obeyed: every string passes through `esc`. A page can be written at any time:
 what is not there is left out, broken lines are skipped, of a step logged twice the later counts.
@@ -215,14 +217,19 @@ def group(folder: Path, row: dict) -> str:
     return asked(folder, row, lines)
 
 
+def about_of(config: dict) -> str:
+    """The keys of a config that tell most."""
+    keys = ("model", "data", "steps", "prompts", "group", "batch", "rewards", "beta", "lr", "seed")
+    plain = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in config.items()}
+    return " · ".join(f"{k} <b>{esc(plain[k])}</b>" for k in keys if plain.get(k) is not None)
+
+
 def page(folder: Path, running: bool = False) -> str:
     """The whole page of a run's folder."""
     config, summary = ((read(folder / f"{k}.json") or [{}])[0] for k in ("config", "summary"))
     metrics, probed = read(folder / "metrics.jsonl"), read(folder / "probes.jsonl")
     logged = read(folder / "rollouts.jsonl")
-    keys = ("model", "data", "steps", "prompts", "group", "batch", "rewards", "beta", "lr", "seed")
-    plain = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in config.items()}
-    about = " · ".join(f"{k} <b>{esc(plain[k])}</b>" for k in keys if plain.get(k) is not None)
+    about = about_of(config)
     late = f"Not finished: as of step {show(metrics[-1]['step'] if metrics else 0)}."
     if running:
         now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
@@ -244,15 +251,49 @@ def page(folder: Path, running: bool = False) -> str:
                        reload=RELOAD * running, config=esc(json.dumps(config, indent=1)))
 
 
+def whole_page(folder: Path, running: bool = False) -> str:
+    """The page of a recipe of several stages: of each what it is, its results and its curves."""
+    recipe, body, left = (read(folder / "recipe.json") or [{}])[0], [], 0
+    for stage in recipe.get("stages") or []:
+        place = folder / Path(str(stage.get("folder"))).name
+        config, summary = ((read(place / f"{k}.json") or [{}])[0] for k in ("config", "summary"))
+        metrics, left = read(place / "metrics.jsonl"), left + (not summary)
+        began = f"has not ended, {len(metrics)} steps are done" if config else "has not begun"
+        spent = number((summary.get("seconds") or {}).get("all"))
+        notes = [f"{show(spent)} seconds" if summary else began]
+        if "best" in summary:
+            notes += [f"best step {show(summary['best'].get('step'))}"]
+        if "kept" in summary:
+            notes += [f"{show(summary['kept'])} of {show(summary.get('rows'))} rows kept"]
+        if (place / "report.html").is_file():
+            notes += [f'<a href="{esc(place.name)}/report.html">its own page, with samples</a>']
+        share = [f"<tr><th scope=\"row\">{esc(name)}</th><td>{show(n)}</td></tr>"
+                 for name, n in (summary.get("histogram") or {}).items()]  # fmt: skip
+        table = ('<table><thead><tr><th scope="col">Mean reward</th><th scope="col">Rows</th></tr>'
+                 f"</thead><tbody>{''.join(share)}</tbody></table>")  # fmt: skip
+        body.append(f"<section><h2>{esc(stage.get('what'))}</h2><p>{about_of(config)}</p><p>"
+                    f"{', '.join(notes)}</p>{table * bool(share)}{results(summary)}"
+                    f"{curves(metrics, summary)}</section>")  # fmt: skip
+    note = f"{left} of {len(body)} stages have not ended." if left else "All stages have ended."
+    return PAGE.format(name=esc(folder.resolve().name), style=STYLE + overlay.STYLE, table="",
+                       about=f"{esc(recipe.get('recipe'))}</p><p>{note}", body="".join(body),
+                       reload=RELOAD * running, config=esc(json.dumps(recipe, indent=1)))
+
+
 def write(folder, running: bool = False) -> Path:
-    """Writes FOLDER/report.html, whole or not at all. That of a running run loads itself again,
-    until one is written that is not. FileNotFoundError if FOLDER holds no run."""
-    folder = Path(folder)
-    if not any((folder / name).is_file() for name in ("config.json", "metrics.jsonl")):
+    """Writes FOLDER/report.html, whole or not at all, and that of the recipe whose stage it is, if
+    it is one. The page of a running run loads itself again, until one is written that is not.
+    FileNotFoundError if FOLDER holds no run."""
+    folder, make = Path(folder), page
+    if (folder / "recipe.json").is_file():
+        make = whole_page
+    elif not any((folder / name).is_file() for name in ("config.json", "metrics.jsonl")):
         raise FileNotFoundError(f"{folder}: neither config.json nor metrics.jsonl, so not a run")
     part = folder / "report.html.tmp"
-    part.write_text(page(folder, running), encoding="utf-8")
+    part.write_text(make(folder, running), encoding="utf-8")
     os.replace(part, folder / "report.html")
+    if (folder.parent / "recipe.json").is_file():
+        write(folder.parent, running)
     return folder / "report.html"
 
 

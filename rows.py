@@ -9,6 +9,7 @@
 Sources with " + " between them are joined, whose rows a run then mixes. NAME=VALUE after a source
 is a column of all its rows that do not have it: what frame its boxes are in, which reward is
 theirs; images=FOLDER is where its pictures are. (VLM-R1 has three lists for that, joined by ":".)
+only=FILE are those of its rows that sieve.py kept in FILE.
 
 A row that cannot be used is found before the run starts, not at step 400: every row is read and
 every image decoded, and what is wrong is told with file and row. A set that was checked whole is
@@ -43,7 +44,7 @@ from example import ASKED, GOLD, IMAGES, Example, to_example
 from hub import is_hub_id, snapshot
 from images import open_image
 from scenes import load_world
-from shards import Lines, Table, alone, digest, file_stamps, find
+from shards import SHARD, SUFFIXES, alone, digest, file_stamps, find, part_of, rows_of, split_files
 
 LISTED = 20  # bad rows that are told of at most
 FEW = 100  # rows that are checked at every start, in a second or less
@@ -76,7 +77,7 @@ def load_examples(
     parts, there = [], 0
     for path in files:
         if limit is None or there < limit:
-            parts.append(Lines(path) if path.suffix == ".jsonl" else Table(path))
+            parts.append(rows_of(path))
             there += len(parts[-1])
     rows = Rows(parts, base, np.arange(there)[:limit])
     if not len(rows):
@@ -97,13 +98,14 @@ def load_joined(sources, images, part, limit, bad_rows) -> "Joined":
     for place, more in map(with_columns, sources):
         rest = None if limit is None else limit - sum(map(len, loaded))
         if rest is None or rest > 0:
-            folder = more.pop("images", images)
+            folder, kept = more.pop("images", images), more.pop("only", None)
             if not place:
                 raise ValueError(f"{' + '.join(sources)!r:.200}: no source on one side of a +")
             if more.keys() & {*ASKED, *GOLD, *IMAGES} or more.get("frame", FRAMES[0]) not in FRAMES:
-                raise ValueError(f"{place} {more}: a source has images=FOLDER, frame="
+                raise ValueError(f"{place} {more}: a source has images=FOLDER, only=FILE, frame="
                                  f"{'|'.join(FRAMES)}, and columns of one's own")
-            loaded.append(load_examples(place, folder, part, rest, bad_rows))
+            found = load_examples(place, folder, part, None if kept else rest, bad_rows)
+            loaded.append(only_kept(found, place, kept, rest) if kept else found)
             columns.append(more)
     joined = Joined(loaded, columns, np.arange(sum(map(len, loaded))))
     if any("box_image" in more for more in columns):
@@ -121,6 +123,28 @@ def with_columns(source: str) -> tuple[str, dict]:
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"{place}: a column is given twice: {', '.join(words)}")
     return place, {key: int(value) if value.isdecimal() else value for key, value in pairs}
+
+
+def only_kept(rows: Sequence, source: str, path: str, limit: int | None) -> Sequence:
+    """The first `limit` of those rows of a source that a file of sieve.py holds, in their order.
+    ValueError if it holds none, or if a row is not what it was then."""
+    try:
+        lines = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+        kept = {line["row"]: line["problem"] for line in lines} or {"none": ""}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{source} only={path}: not a file of kept rows: {error!r}") from error
+    named = rows.name if isinstance(rows, Rows) else lambda i: rows[i].row
+    at = [i for i in range(len(rows)) if named(i) in kept]
+    if not at:
+        raise ValueError(f"{source} only={path}: holds no row of this source, but {min(kept)}")
+    for i in at:
+        if rows[i].problem != kept[named(i)]:
+            raise ValueError(f"{source} only={path}: {named(i)} asks something else than the row "
+                             "that was kept; the source has changed, or it is another")
+    at = at[:limit]
+    if isinstance(rows, Rows):
+        return Rows(rows.parts, rows.base, rows.at[at])
+    return [rows[i] for i in at]
 
 
 def left_out(loaded: Sequence, used: Sequence) -> int:
@@ -199,22 +223,15 @@ class Joined(Sequence):
 
 # -------------------------------------------------------------------------------- files of a source
 
-SUFFIXES = (".jsonl", ".parquet")
 KINDS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 PATTERNS = ("*.parquet", "*.jsonl", *(f"*.{s}" for kind in KINDS for s in (kind, kind.upper())))
-SHARD = re.compile(r"(?<=.)-\d+-of-(\d+)")  # of "train-00000-of-00002"
-PARTS = {  # what the hub's file names call them
-    "train": ("train", "training"),
-    "test": ("test", "testing", "eval", "evaluation"),
-    "val": ("val", "valid", "validation", "dev"),
-}
 
 
 def find_files(source: str, part: str) -> list[Path]:
     """The .jsonl or .parquet files of a source, all in one folder and of one split, in order."""
     place, _, split = source.rpartition(":") if not os.path.exists(source) else (source, "", "")
     place, split = (place, split) if place else (source, "")
-    if os.path.isfile(place) and Path(place).suffix in SUFFIXES and not split:
+    if os.path.isfile(place) and Path(place).suffix in (*SUFFIXES, ".json") and not split:
         return [Path(place)]
     if os.path.isdir(place):
         folder = Path(place)
@@ -222,10 +239,8 @@ def find_files(source: str, part: str) -> list[Path]:
         folder = snapshot(place, "dataset", PATTERNS)
     else:
         found = "" if os.path.exists(place) else "no such file or folder; "
-        if os.path.isfile(place) and Path(place).suffix == ".json":
-            found = "a .jsonl is expected, one JSON object per line; "
-        raise ValueError(f"{source}: {found}neither a .jsonl or .parquet file, a folder of such, a "
-                         "data set of the hub (owner/name), nor world:A, world:B or world:C")
+        raise ValueError(f"{source}: {found}neither a .jsonl, .json or .parquet file, a folder of "
+                         "such, a data set of the hub (owner/name), nor world:A, B or C")
     splits = split_files(folder)
     files = splits[choose_split(source, splits, split, part)]
     described = [path.parent for path in files if path.name == "metadata.jsonl"]  # imagefolder
@@ -238,34 +253,6 @@ def find_files(source: str, part: str) -> list[Path]:
     if said and int(said[1]) != len(files):
         raise ValueError(f"{source}: {len(files)} of {int(said[1])} files are there: {names}")
     return files
-
-
-def split_files(folder: Path) -> dict[str, list[Path]]:
-    """{split: its files} of a folder. Beside shards, which name their split, a .jsonl that names
-    none is left out: in pack.py's sets rows.jsonl has the same rows once more."""
-    splits = {}
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if path.suffix in SUFFIXES and path.is_file() and not inside.as_posix().startswith("."):
-            splits.setdefault(split_name(inside), []).append(path)
-    sharded = any(SHARD.search(path.stem) for files in splits.values() for path in files)
-    if sharded and all(path.suffix == ".jsonl" for path in splits.get("", ())):
-        splits.pop("", None)
-    return splits
-
-
-def split_name(path: Path) -> str:
-    """The split that a file of a data set holds, from its name or else the folders it is in: train,
-    test, val, another name before "-00000-of-00002", or "" if nothing says."""
-    shard = SHARD.search(path.stem)
-    names = (path.stem, *(folder.name for folder in path.parents))
-    return path.stem[: shard.start()] if shard else next(filter(None, map(part_of, names)), "")
-
-
-def part_of(name: str) -> str:
-    """train, test or val, whichever word the name holds first, or ""."""
-    words = re.split("[^a-z]+", name.lower())
-    return next((part for word in words for part in PARTS if word in PARTS[part]), "")
 
 
 def choose_split(source: str, splits: dict, split: str, part: str) -> str:

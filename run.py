@@ -31,12 +31,13 @@ import torch
 import distill
 import grpo
 import parallel
+import report
 import sft
 import sieve
 import stages
 from config import show, to_dict
 from journal import write_json
-from resume import FREE, take_lock
+from resume import FREE, Stop, take_lock
 from stages import Recipe, Stage
 
 RUNS = {"sft": sft.train, "grpo": grpo.train, "filter": sieve.sift}
@@ -74,8 +75,27 @@ def run(recipe: Recipe) -> dict:
             with parallel.agreed():
                 found[stage.name] = read_json(folder / "summary.json")
                 left[stage.name] = str(chosen(stage, out, found[stage.name]))
+        if parallel.rank() == 0:
+            print(table(recipe, found, left), f"\nreport  {out / 'report.html'}", sep="\n")
         del lock  # held until here
         return found
+
+
+def table(recipe: Recipe, found: dict, left: dict) -> str:
+    """What every stage did to the evaluations, in how many seconds, and where what it left is."""
+    lines = [f"\n{'stage':14}  {'seconds':>8}  {'eval':10}  before -> after"]
+    for stage in recipe.stages:
+        summary, rows = found[stage.name], []
+        for name, after in (summary.get("after") or {}).items():
+            before = summary["before"][name]
+            rows.append(f"{name:10}  {before['accuracy']:.3f} -> {after['accuracy']:.3f}")
+        if "kept" in summary:
+            rows.append(f"{summary['kept']} of {summary['rows']} rows kept")
+        for n, row in enumerate(rows or [""]):
+            head = (stage.name, f"{summary['seconds']['all']:.0f}") if n == 0 else ("", "")
+            lines.append(f"{head[0]:14}  {head[1]:>8}  {row}".rstrip())
+        lines.append(f"{'':14}  {'':8}  {left[stage.name]}")
+    return "\n".join(lines)
 
 
 def single(recipe: Recipe) -> dict:
@@ -89,12 +109,16 @@ def single(recipe: Recipe) -> dict:
 
 def perform(stage: Stage, cfg, folder: Path) -> None:
     """Runs a stage, or goes on with it, and lets go of its models."""
-    if parallel.rank() == 0:
+    first = parallel.rank() == 0
+    if first:
         print(f"\n== {stage.what} -> {folder}", flush=True)
+        report.write(folder.parent, running=True)
     if stage.method in RUNS:
         RUNS[stage.method](cfg)
     else:
         distilled(stage, cfg, folder)
+    if first:
+        report.write(folder.parent)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -102,13 +126,37 @@ def perform(stage: Stage, cfg, folder: Path) -> None:
 
 
 def distilled(stage: Stage, cfg, folder: Path) -> None:
-    """A step of distillation, by the first process."""
-    _, step = distill.STEPS[stage.step]
+    """A step of distillation, by the first process. The others look now and then if it is done: a
+    sum over processes would not wait for days."""
     begin = time.monotonic()
-    write_json(to_dict(cfg), folder / "config.json")
-    if stage.step != "pack" or not Path(cfg.out).exists():  # a set is there if it is whole
-        step(cfg)
-    write_json({"seconds": {"all": round(time.monotonic() - begin, 1)}}, folder / "summary.json")
+
+    def work():
+        _, step = distill.STEPS[stage.step]
+        write_json(to_dict(cfg), folder / "config.json")
+        if stage.step != "pack" or not Path(cfg.out).exists():  # a set is there if it is whole
+            step(cfg)
+        seconds = {"all": round(time.monotonic() - begin, 1)}
+        write_json({"seconds": seconds}, folder / "summary.json")
+
+    with Stop():
+        alone(work, folder.name)
+
+
+def alone(work, name: str) -> None:
+    """work() in the first process. ValueError in all where it fails."""
+    if parallel.size() == 1:
+        return work()
+    store, error = parallel.store(), None
+    if parallel.rank() == 0:
+        try:
+            work()
+        except (ValueError, OSError) as e:
+            error = str(e)
+        finally:
+            store.set(f"ended {name}", "")  # however it ended
+    while not store.check([f"ended {name}"]):
+        time.sleep(0.5)
+    parallel.agree(error)
 
 
 # -------------------------------------------------------------------------------- where it goes on

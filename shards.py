@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -34,10 +35,10 @@ CACHE = Path(__file__).resolve().parent / ".cache" / "rows"
 
 
 class Lines:
-    """The lines of a .jsonl file that are not blank, by their places."""
+    """The lines of a .jsonl file that are not blank, by their places. called: its name."""
 
-    def __init__(self, path: Path):
-        self.path, self.at, start = path, [], 0
+    def __init__(self, path: Path, called: str | None = None):
+        self.path, self.called, self.at, start = path, called or path.name, [], 0
         with open(path, "rb") as file:
             for n, line in enumerate(file, 1):
                 if line.strip():
@@ -49,7 +50,7 @@ class Lines:
         return len(self.at)
 
     def name(self, i: int) -> str:
-        return f"{self.path.name}:{self.at[i, 1]}"
+        return f"{self.called}:{self.at[i, 1]}"
 
     def fields(self, i: int) -> dict:
         with open(self.path, "rb") as file:
@@ -105,6 +106,27 @@ class Table:
         return group.slice(n, 1).to_pylist()[0]
 
 
+def rows_of(path: Path) -> Lines | Table:
+    """The rows of a .jsonl, a .parquet, or a .json that is an array of them; such a one, which can
+    only be read whole, is copied once to .cache/rows as lines."""
+    if path.suffix != ".json":
+        return Lines(path) if path.suffix == ".jsonl" else Table(path)
+    copy = CACHE / f"{digest(file_stamps([path]))}.lines"
+    with alone(copy):
+        if not copy.is_file():
+            try:
+                found = json.loads(path.read_bytes())
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: not JSON: {error}") from error
+            if not isinstance(found, list):
+                raise ValueError(f"{path}: a .json is to hold an array of rows (and a .jsonl one "
+                                 "JSON object per line)")
+            new = copy.with_suffix(".new")
+            new.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+            new.replace(copy)
+    return Lines(copy, path.name)
+
+
 def group_sizes(path: Path) -> list[tuple[int, int]]:
     """(rows, bytes in memory) of each row group. Where many rows have the same picture the file may
     hold it once, so that the first rows are asked what one row takes."""
@@ -145,6 +167,45 @@ def regrouped(path: Path, sizes: list[tuple[int, int]]) -> Path:
                     bar.update(len(batch))
         Path(folder, "new").replace(copy)
     return copy
+
+
+# --------------------------------------------------------------------------- the splits of a folder
+
+SUFFIXES = (".jsonl", ".parquet")
+SHARD = re.compile(r"(?<=.)-\d+-of-(\d+)")  # of "train-00000-of-00002"
+PARTS = {  # what the hub's file names call them
+    "train": ("train", "training"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "val": ("val", "valid", "validation", "dev"),
+}
+
+
+def split_files(folder: Path) -> dict[str, list[Path]]:
+    """{split: its files} of a folder. Beside shards, which name their split, a .jsonl that names
+    none is left out: in pack.py's sets rows.jsonl has the same rows once more."""
+    splits = {}
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if path.suffix in SUFFIXES and path.is_file() and not inside.as_posix().startswith("."):
+            splits.setdefault(split_name(inside), []).append(path)
+    sharded = any(SHARD.search(path.stem) for files in splits.values() for path in files)
+    if sharded and all(path.suffix == ".jsonl" for path in splits.get("", ())):
+        splits.pop("", None)
+    return splits
+
+
+def split_name(path: Path) -> str:
+    """The split that a file of a data set holds, from its name or else the folders it is in: train,
+    test, val, another name before "-00000-of-00002", or "" if nothing says."""
+    shard = SHARD.search(path.stem)
+    names = (path.stem, *(folder.name for folder in path.parents))
+    return path.stem[: shard.start()] if shard else next(filter(None, map(part_of, names)), "")
+
+
+def part_of(name: str) -> str:
+    """train, test or val, whichever word the name holds first, or ""."""
+    words = re.split("[^a-z]+", name.lower())
+    return next((part for word in words for part in PARTS if word in PARTS[part]), "")
 
 
 # ---------------------------------------------------------------------------------- places, names

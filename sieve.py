@@ -76,8 +76,7 @@ class Config:
 
 
 # Keys that may change when it goes on.
-FREE = {"out", "batch", "workers", "reward_seconds", "reward_memory", "must_save_by",
-        "above", "below"}  # fmt: skip
+FREE = {"out", "batch", "workers", "reward_seconds", "reward_memory", "must_save_by"}
 
 
 def keeps(mean: float | None, cfg: Config) -> bool:
@@ -153,6 +152,9 @@ def setup(cfg: Config) -> tuple:
     rows = load_examples(cfg.data, cfg.images, "train", bad_rows=cfg.bad_rows)
     rows = fitting(rewards, rows, cfg.bad_rows)
     rows = without_long(rows, processor.length, "max_prompt", cfg.max_prompt, cfg.bad_rows)
+    if more := [name for name, n in Counter(row.row for row in rows).items() if n > 1]:
+        raise ValueError(f"{cfg.data}: several rows are called {more[0]}, so that only= could not "
+                         "tell them apart; rename a file, or sieve one source at a time")
     return start, processor, rewards, rows
 
 
@@ -164,9 +166,11 @@ def sift(cfg: Config) -> dict:
     with Stop(cfg.must_save_by) as stop, parallel.told():
         with parallel.agreed():
             start, processor, rewards, rows = setup(cfg)
-            about = {key: x for key, x in to_dict(cfg).items() if key not in FREE}
             if first:
+                free = FREE | {"above", "below"}
+                about = {key: x for key, x in to_dict(cfg).items() if key not in free}
                 lines = scored(path, {**about, "model": start, "n_rows": len(rows)}, rows)
+                write_json(to_dict(cfg), path.with_name("config.json"))
         if (done := parallel.gathered(len(lines))[0]) < len(rows):
             model = Qwen2VL.from_pretrained(start, device=device)
             model.frozen(torch.bfloat16 if cfg.bf16 else torch.float32)

@@ -21,9 +21,10 @@ earlier stage leaves; --NAME.key to one; --model is where the first one starts.
 A recipe without stages is a single run, of grpo.py if it names no method.
 """
 
+import json
 import re
 from dataclasses import dataclass, fields, replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import distill
@@ -45,7 +46,7 @@ from config import (
 
 CONFIGS = {"sft": sft.Config, "grpo": grpo.Config, "filter": sieve.Config}
 TRAINS = ("sft", "grpo")
-WHOLE = ("out", "resume", "dry_run")  # keys that no stage has of its own
+WHOLE = ("out", "resume", "dry_run", "first")  # keys that no stage has of its own
 OWN = ("name", "method", "step", "choose")  # keys of a stage that no Config has
 SOURCES = ("model", "teacher", "data", "images", "held_out", "evals")  # all their braces are ours
 NAME, BRACED = re.compile(r"[a-z0-9_]+"), re.compile(r"\{([a-z0-9_]+)\}")
@@ -59,6 +60,8 @@ class Whole:
     resume: str = opt("auto", "auto: go on in `out` where it was; never", choices=("auto", "never"))
     dry_run: bool = opt(False, "only print the stages; nothing is read")
     model: str = opt("tiny", "where the first stage starts")
+    first: str | None = opt(None, "stage to begin with, those before it are left out: where what "
+                            "they would leave is there, --NAME.data names it")
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ class Recipe:
         for stage in self.stages:
             lines.append(f"\n{stage.what}")
             values = {f: getattr(stage.cfg, f.name) for f in fields(stage.cfg) if f.name != "out"}
-            lines += [f"    {f.name} = {show(x)}" for f, x in values.items() if x != f.default]
+            lines += [f"    {f.name} = {json.dumps('none' if x is None else x)}"
+                      for f, x in values.items() if x != f.default]  # fmt: skip
         return "\n".join(lines)
 
 
@@ -130,16 +134,17 @@ def read(argv: list[str]) -> Recipe:
     configs = {head["name"]: config_of(path, head) for head in heads}
     for key in told:
         known(configs, key, f"{path}: ")
-    _, words = split_words(argv[1:], lambda key: known(configs, key, "command line: --"))
+    _, words = split_words(argv, lambda key: known(configs, key, "command line: --"))
     whole = {k: told_value(Whole, k, told[k], f"{path}: ") for k in keys(Whole) & told.keys()}
     whole |= {k: said_value(Whole, k, words[k]) for k in keys(Whole) & words.keys()}
     default = configs[heads[0]["name"]]().out if single else f"runs/{Path(path).stem}"
     whole = Whole(**{"out": default, **whole})
     model, stages = whole.model, []
-    for n, (head, table) in enumerate(zip(heads, tables), 0 if single else 1):
+    begin = index_of(path, heads, whole.first)
+    for n, (head, table) in islice(enumerate(zip(heads, tables), not single), begin, None):
         own = {key: x for key, x in table.items() if key not in OWN}
-        if "model" in words and n < 2:
-            own.pop("model", None), own.pop("teacher", None)
+        if "model" in words and not stages:
+            own.pop("model", None)
         values = values_of(path, head["name"], configs, own, told, words, model)
         before = [stage.name for stage in stages]
         stages.append(Stage(n, head["name"], head["method"], head["step"], head["choose"], made(
@@ -170,6 +175,15 @@ def heads_of(path: str, tables: list[dict]) -> list[dict]:
     return heads
 
 
+def index_of(path: str, heads: list[dict], name: str | None) -> int:
+    """The place of the stage of that name, 0 for None."""
+    names = [head["name"] for head in heads]
+    if name not in (None, *names):
+        raise ValueError(f"{path}: first {name}: no such stage{nearest(name, names)}; they are "
+                         f"{', '.join(names)}")
+    return names.index(name) if name else 0
+
+
 def config_of(path: str, head: dict) -> type:
     """The Config of a stage."""
     step, place = head["step"], f"{path}: stage {head['name']}: step = {show(head['step'])}: "
@@ -194,6 +208,9 @@ def known(configs: dict[str, type], key: str, place: str) -> tuple:
     for Config in asked:
         if bare in keys(Config) and not (dot and bare in WHOLE):
             return kind_of(Config, bare)
+    if "." not in key and (others := [m for m, C in CONFIGS.items() if bare in keys(C)]):
+        raise ValueError(f"{place}{cut(key)}: is a key of {' and '.join(others)}, which no stage "
+                         f"is (a recipe without stages says method = {show(others[0])} or is grpo)")
     hint = nearest(bare, {key for Config in asked for key in keys(Config)})
     raise ValueError(f"{place}{cut(key)}: unknown key{hint} (--help lists those of the whole, "
                      "grpo.py --help those of grpo, and so on)")

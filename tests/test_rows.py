@@ -19,7 +19,8 @@ import rows
 import shards
 from example import Example
 from images import open_image
-from rows import choose_split, find_files, load_examples, part_of, split_name
+from rows import choose_split, find_files, load_examples
+from shards import part_of, split_name
 
 
 @pytest.fixture(autouse=True)
@@ -152,13 +153,56 @@ def test_what_is_wrong_with_one_of_several_sources_is_told(tmp_path):
     assert "gone.jsonl: no such file" in refused(f"{good} + {tmp_path}/gone.jsonl")
     for word in ("frame=pixel", "frame=7", "image=pictures"):  # of which the last would do nothing
         told = refused(f"{good} {word}")
-        assert "a source has images=FOLDER, frame=pixels|resized|0-1000" in told
+        assert "a source has images=FOLDER, only=FILE, frame=pixels|resized|0-1000" in told
     assert "train.jsonl:1: box_image 0: must be the place" in refused(f"{good} box_image=0")
     there = write(tmp_path, GOOD, name="a + b=c.jsonl")  # a file of that very name
     assert len(load_examples(there)) == 1
 
 
+def kept(folder, **rows) -> str:
+    lines = [{"row": f"{name.replace('_', '.jsonl:')}", "problem": asks, "mean": 0.5}
+             for name, asks in rows.items()]  # fmt: skip
+    return write(folder, *lines, name="kept/kept.jsonl")
+
+
+def test_of_a_source_only_the_rows_that_a_sieve_kept_are_taken_in_their_order(tmp_path):
+    """Of two sources that one sieve saw, each has its own; a limit counts what is kept."""
+    one = write(tmp_path, *({**GOOD, "problem": f"{i}?"} for i in range(4)), name="one.jsonl")
+    two = write(tmp_path, GOOD, GOOD, name="two.jsonl")
+    only = f"only={kept(tmp_path, one_4='3?', two_2='How many?', one_2='1?')}"
+    both = load_examples(f"{one} {only} + {two} {only} frame=resized")
+    assert [e.row for e in both] == ["one.jsonl:2", "one.jsonl:4", "two.jsonl:2"]
+    assert [e.frame for e in both] == [None, None, "resized"] and both[1].problem == "3?"
+    assert [e.row for e in load_examples(f"{one} {only}", limit=1)] == ["one.jsonl:2"]
+    second = load_examples("world:A:n=2")[1]
+    drawn = write(tmp_path, {"row": second.row, "problem": second.problem})
+    assert [e.row for e in load_examples(f"world:A:n=3 only={drawn}")] == ["world:A#1"]
+
+
+def test_kept_rows_of_another_source_are_refused(tmp_path):
+    source = write(tmp_path, GOOD)
+    for lines, told in (({"a_1": "How many?"}, "holds no row of this source, but a.jsonl:1"),
+                        ({"train_1": "How many cubes?"}, "train.jsonl:1 asks something else"),
+                        ):  # fmt: skip
+        assert told in refused(f"{source} only={kept(tmp_path, **lines)}")
+    assert "not a file of kept rows" in refused(f"{source} only={source}")
+    assert "not a file of kept rows" in refused(f"{source} only=gone.jsonl")
+
+
 # ---- rows of a file ----
+
+
+def test_an_array_of_rows_in_a_json_is_read_by_places_too(tmp_path, cache):
+    path = tmp_path / "all.json"
+    path.write_text(json.dumps([GOOD, {**GOOD, "problem": "Wie viele ü?"}], indent=1))
+    found = load_examples(str(path))
+    assert [(e.row, e.problem) for e in found] == [
+        ("all.json:1", "How many?"), ("all.json:2", "Wie viele ü?")]  # fmt: skip
+    assert len(list(cache.glob("*.lines"))) == 1
+    path.write_text(json.dumps([GOOD]))  # another file, another copy
+    assert len(load_examples(str(path))) == 1
+    path.write_text(json.dumps([GOOD, 7]))
+    assert "all.json:2" in refused(str(path))
 
 
 def test_a_row_becomes_an_example_that_says_where_it_came_from(tmp_path):
@@ -439,10 +483,13 @@ def test_hidden_folders_are_not_looked_into(tmp_path):
 
 def test_a_source_that_is_nothing_of_all_this_is_refused(tmp_path):
     for source in (tmp_path / "no.jsonl", "data/no.parquet", "https://host/a.jsonl", "no"):
-        told = f"{source}: no such file or folder; neither a .jsonl or .parquet file"
+        told = f"{source}: no such file or folder; neither a .jsonl, .json or .parquet file"
         assert told in refused(str(source))
-    for name, told in (("a.csv", "neither"), ("a.json", "a .jsonl is expected, one JSON object")):
-        (tmp_path / name).write_text("[]")
+    for name, text, told in (
+        ("a.csv", "[]", "neither"), ("a.json", "[]", "no rows"), ("b.json", "{", "not JSON"),
+        ("c.json", "{}", "a .json is to hold an array of rows"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(text)
         assert f"{tmp_path / name}: {told}" in refused(str(tmp_path / name))
     (tmp_path / "metadata.csv").write_text("file_name,question,answer\n")
     told = refused(str(tmp_path))
