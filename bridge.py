@@ -244,3 +244,7 @@ def letters(cfg: Letters) -> Counter:
     print(f"{out}: {counts[None]} of {len(rows)} rows")
     tell_reasons(counts)
     return counts
+
+
+STEPS = {"bridge": (Reasons, bridge), "formal": (Reasons, formal), "caption": (Caption, caption),
+         "rewrite": (Rewrite, rewrite), "judge": (Judge, judge), "letters": (Letters, letters)}

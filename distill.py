@@ -33,20 +33,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import bridge
 import chat
 from boxes import View, gold_boxes
-from bridge import (
-    Caption,
-    Judge,
-    Letters,
-    Rewrite,
-    bridge,
-    caption,
-    formal,
-    judge,
-    letters,
-    rewrite,
-)
 from config import nearest, opt, parse
 from data import Processor
 from describe import PROMPTS, Describe, describe_scenes, messages
@@ -59,7 +48,7 @@ from pack import Pack, bring, names_of, pack, pictures, question_of
 from rewards import final_answer
 from rollout import sample as sample_completions
 from rows import load_examples
-from teachers import Reasons, completions, joined
+from teachers import completions, joined
 from traces import (
     judged,
     need,
@@ -307,9 +296,8 @@ def natural(name: str) -> tuple:
 
 
 STEPS = {"describe": (Describe, describe_scenes), "query": (Query, query),
-         "sample": (Sample, sample), "bridge": (Reasons, bridge), "formal": (Reasons, formal),
-         "caption": (Caption, caption), "rewrite": (Rewrite, rewrite), "judge": (Judge, judge),
-         "verify": (Verify, verify), "letters": (Letters, letters), "pack": (Pack, pack)}
+         "sample": (Sample, sample), **bridge.STEPS, "verify": (Verify, verify),
+         "pack": (Pack, pack)}  # fmt: skip
 
 
 def main(argv=None):

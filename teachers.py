@@ -7,9 +7,9 @@
     # keep("q1", {"text": "<think>…", "finish": "stop", "tokens": 7}) is called for each
 
 A server gets pictures as data URLs: it opens no path and fetches nothing. An answer may be opened
-for the teacher (R1-Vision's forced thoughts): a checkpoint goes on from it in its own turn; a
-server is sent the opening as the assistant's last message, with the words that vLLM and SGLang have
-for going on with it (add_generation_prompt, continue_final_message). OpenAI's own has none.
+for the teacher (R1-Vision's forced thoughts). A checkpoint goes on from that in its own turn. To a
+server it is sent as the assistant's last message, with the keys by which vLLM goes on with it
+(add_generation_prompt, continue_final_message); OpenAI's own has none, DeepSeek's has another.
 """
 
 import base64

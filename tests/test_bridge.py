@@ -193,6 +193,15 @@ def test_a_question_without_an_answer_is_told_and_the_others_go_on():
     assert [row["id"] for row in read("d/answers.jsonl")] == ["q0", "q1", "q2"]
 
 
+def test_a_server_that_refuses_the_key_stops_at_once():
+    questions(9)
+    with ChatServer(lambda n, body: Reply(401)) as server:
+        told = refused(["bridge", "--teacher", f"e@{server.url}", "--concurrency", "2"])
+    assert "model e: the server refuses the key" in told and len(server.asked) <= 2
+    assert "cannot be reached" in refused(["bridge", "--teacher", f"e@{server.url}"])
+    assert not Path("d/answers.jsonl").exists()
+
+
 def test_answers_of_others_and_to_other_prompts_are_refused(monkeypatch):
     questions(1)
     with Teachers(EYE, {"The image, in words": thinks}) as teachers:
