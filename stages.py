@@ -48,7 +48,8 @@ CONFIGS = {"sft": sft.Config, "grpo": grpo.Config, "filter": sieve.Config}
 TRAINS = ("sft", "grpo")
 WHOLE = ("out", "resume", "dry_run", "first")  # keys that no stage has of its own
 OWN = ("name", "method", "step", "choose")  # keys of a stage that no Config has
-SOURCES = ("model", "teacher", "data", "images", "held_out", "evals")  # all their braces are ours
+# Keys whose braces are all ours.
+SOURCES = ("model", "teacher", "reasoner", "data", "images", "held_out", "evals")
 NAME, BRACED = re.compile(r"[a-z0-9_]+"), re.compile(r"\{([a-z0-9_]+)\}")
 
 
@@ -75,6 +76,7 @@ class Stage:
     step: str | None
     choose: str
     cfg: object
+    named: frozenset[str] = frozenset()  # keys that the recipe or the command line gives a value
 
     @property
     def what(self) -> str:
@@ -107,13 +109,13 @@ class Recipe:
     stages: tuple[Stage, ...]
 
     def text(self) -> str:
-        """Every stage with each key that is not its method's default."""
+        """Every stage with each key that is named, or not its method's default."""
         lines = [f"{self.path} -> {self.whole.out}"]
         for stage in self.stages:
             lines.append(f"\n{stage.what}")
             values = {f: getattr(stage.cfg, f.name) for f in fields(stage.cfg) if f.name != "out"}
             lines += [f"    {f.name} = {json.dumps('none' if x is None else x)}"
-                      for f, x in values.items() if x != f.default]  # fmt: skip
+                      for f, x in values.items() if x != f.default or f.name in stage.named]
         return "\n".join(lines)
 
 
@@ -147,8 +149,8 @@ def read(argv: list[str]) -> Recipe:
             own.pop("model", None)
         values = values_of(path, head["name"], configs, own, told, words, model)
         before = [stage.name for stage in stages]
-        stages.append(Stage(n, head["name"], head["method"], head["step"], head["choose"], made(
-            path, head, before, configs[head["name"]], values, model)))  # fmt: skip
+        cfg = made(path, head, before, configs[head["name"]], values, model)
+        stages.append(Stage(n, *(head[key] for key in OWN), cfg, frozenset(values)))
         model = f"{{{head['name']}}}" if head["method"] in TRAINS else model
     return Recipe(path, whole, tuple(stages))
 

@@ -11,21 +11,13 @@ import sieve
 from rows import load_examples
 from sieve import Config, histogram, keeps
 
-OWN = """
-def odd(text, example):
-    "Half of the answers are right where the row's number is odd, all at 0, none elsewhere."
-    row = int(example.row.partition("#")[2])
-    return 1.0 if row == 0 else float(len(text) % 2) if row % 2 else 0.0
-"""
-
 
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory) -> Config:
     folder = tmp_path_factory.mktemp("sieve")
     make_checkpoint(folder / "model")
-    (folder / "own.py").write_text(OWN)
     return Config(model=str(folder / "model"), data="world:A:n=6", n=4, batch=4, max_new=6,
-                  max_pixels=3136, rewards=(f"{folder}/own.py:odd",))  # fmt: skip
+                  max_pixels=3136, rewards=("length(per=1)",), above=4.0, below=6.0)
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +46,15 @@ def test_the_histogram_tells_never_and_always_from_seldom_and_mostly():
     assert "other" not in histogram([0.5]) and sum(histogram([0.3] * 7).values()) == 7
 
 
-def test_rows_that_are_always_or_never_right_go(cfg, whole):
-    """The mean is over n answers; of rows 1, 3 and 5 some are right."""
+def test_rows_whose_mean_is_at_or_beyond_a_bound_go(cfg, whole):
+    """Here of the length of n answers, of which 6 is the most that there is."""
     scored = lines(whole / "scored.jsonl")[1:]
     assert [line["row"] for line in scored] == [f"world:A#{i}" for i in range(6)]
     for line in scored:
         assert len(line["rewards"]) == 4 and line["mean"] == sum(line["rewards"]) / 4
-    assert [scored[i]["mean"] for i in (0, 2, 4)] == [1.0, 0.0, 0.0]
     kept = lines(whole / "kept.jsonl")
-    assert kept == [line for line in scored if 0 < line["mean"] < 1] and kept
+    assert kept == [line for line in scored if 4 < line["mean"] < 6]
+    assert 0 < len(kept) < 6 and 6 in [line["mean"] for line in scored]
     told = json.loads((whole / "summary.json").read_text())
     assert (told["rows"], told["kept"]) == (6, len(kept))
     chosen = load_examples(f"{cfg.data} only={whole}/kept.jsonl")
@@ -81,7 +73,7 @@ def test_a_sieve_that_was_killed_goes_on_to_the_same_lines(cfg, whole, tmp_path)
 def test_other_bounds_ask_nothing_again_and_another_sieve_is_refused(cfg, whole, tmp_path, capsys):
     (tmp_path / "scored.jsonl").write_bytes((whole / "scored.jsonl").read_bytes())
     cfg = replace(cfg, out=str(tmp_path))
-    assert sieve.sift(replace(cfg, above=-1.0, below=0.5))["kept"] >= 2
+    assert sieve.sift(replace(cfg, above=-1.0, below=7.0))["kept"] == 6
     for other, told in ((replace(cfg, seed=1), "another seed"),
                         (replace(cfg, data="world:A:n=5"), "another data, n_rows"),
                         (replace(cfg, rewards=("format",)), "another rewards")):  # fmt: skip
@@ -93,7 +85,7 @@ def test_other_bounds_ask_nothing_again_and_another_sieve_is_refused(cfg, whole,
 
 
 @pytest.mark.parametrize("change, told", [
-    ({"below": 0.0}, "nothing is between them"),
+    ({"below": 4.0}, "nothing is between them"),
     ({"data": "world:A:n=2 + world:A:n=2"}, "several rows are called world:A#0"),
     ({"rewards": ("rigth",)}, "rigth"),
 ])  # fmt: skip
@@ -105,6 +97,7 @@ def test_a_sieve_that_could_keep_nothing_is_refused_before_it_asks(cfg, tmp_path
 
 def test_where_nothing_is_kept_all_are_told(cfg, tmp_path, capsys):
     """Format is never right here, so that the mean is 0 throughout."""
-    with pytest.raises(SystemExit, match="no row has a mean reward above 0 and below 1"):
-        sieve.sift(replace(cfg, out=str(tmp_path), data="world:A:n=2", rewards=("format",)))
+    with pytest.raises(SystemExit, match="no row has a mean reward above 0 and below 6"):
+        sieve.sift(replace(cfg, out=str(tmp_path), data="world:A:n=2", rewards=("format",),
+                           above=0.0))
     assert "0       2  ####" in capsys.readouterr().out and not (tmp_path / "kept.jsonl").exists()

@@ -139,7 +139,8 @@ def test_a_recipe_without_stages_is_one_run(recipe):
     assert single.stages[0].cfg == sft.Config(mask="all", lr=1.0)
 
 
-def test_what_is_printed_has_every_key_that_is_not_the_default(recipe):
+def test_what_is_printed_has_every_key_that_is_named_or_not_the_default(recipe):
+    """The lr named here is grpo's default."""
     assert recipe(TWO, "--grpo.keep", "none", "--lr", "1e-6").text().partition("\n")[2] == """
 1 cold: sft
     model = "start"
@@ -153,6 +154,7 @@ def test_what_is_printed_has_every_key_that_is_not_the_default(recipe):
     data = "b.jsonl"
     seed = 3
     max_new = 7
+    lr = 1e-06
     keep = "none\""""
 
 
