@@ -30,6 +30,10 @@ def vowels(text, example):
 def late(text, example):
     "The same for the rows 3 to 5, else 0: in a step a process may have no group with a signal."
     return vowels(text, example) * (int(example.solution) >= 3)
+
+def some(text, example):
+    "The same; none for every fifth length of a text."
+    return None if len(text) % 5 == 0 else vowels(text, example)
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # gloo, on the CPU
@@ -77,6 +81,8 @@ RUNS = {  # name: program, keys
     "one by one": ("grpo", {"micro_prompts": 1, "updates_per_batch": 2}),
     "copies": ("grpo", {"shard_group": 1, "recompute": "true"}),
     "muon": ("grpo", {"optimizer": "muon"}),
+    "reinforce": ("grpo", {"advantage": "baseline", "kl": "reward", "prompts": 4, "minibatches": 2,
+                           "mean": "token", "rewards": "some", "most_right": 0.2, "adora": 0.5}),
     "no signal": ("grpo", {"rewards": "late", "prompts": 6, "beta": 0}),
     "text": ("grpo", {"data": "text.jsonl", "prompts": 3, "micro_prompts": 1}),
     "lora": ("grpo", {"lora": 4, "lora_vision": "true", "recompute": "true", "optimizer": "muon"}),
@@ -221,6 +227,8 @@ def test_the_cases_are_what_they_say(done):
         assert still >= {k for k in start if k.startswith("visual.")} and len(still) < len(start)
     assert min(x["no_signal"] for x in metrics(done / "no signal_2")) >= 0.5
     assert 0 < metrics(done / "plain_2")[0]["reward"] < 1
+    for key in ("out_of_band", "no_reward", "kl"):
+        assert sum(x[key] for x in metrics(done / "reinforce_2")) > 0, key
 
 
 def test_a_mistake_is_told_once_and_ends_all_processes(rows):

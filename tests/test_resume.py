@@ -557,7 +557,8 @@ def run(tmp_path_factory):
     words = ["--model", folder / "model", "--data", folder / "rows.jsonl", "--steps", 4,
              "--lr", 1e-3, "--probes", 1, "--max_new", 6, "--keep", 2]  # fmt: skip
     grpo = [*words, "--rewards", f"{folder}/reward.py:vowels", "--prompts", 2, "--group", 2,
-            "--probe_every", 1, "--optimizer", "muon"]  # fmt: skip
+            "--probe_every", 1, "--optimizer", "muon", "--minibatches", 2, "--kl", "reward",
+            "--advantage", "baseline"]  # fmt: skip
     own = {"grpo": grpo, "sft": [*words, "--batch", 2, "--eval_every", 1]}
     with RunMany() as many:
         yield lambda name, program, save_every=2, **when: (folder / name, *many(
