@@ -5,9 +5,12 @@
     python evaluate.py --model DIR --data refcoco.jsonl --images coco --scorer rec     # or detect
     make eval GPUS=8 MODEL=DIR DATA=geoqa.jsonl IMAGES=DIR ARGS="--scorer geoqa --out geoqa.json"
     python evaluate.py --rescore b.json --scorer count       # a results file, ours or R1-V's
+    python evaluate.py --model runs/tiny --out think.json                     # as it was trained
+    python evaluate.py --model runs/tiny --out direct.json --template direct  # answers alone
 
-The rate that matters is accuracy under the prompt the model was trained with; unparsable answers
-count as wrong and their share is reported beside it. Several processes answer a share each.
+The rate that matters is accuracy under the prompt the model was trained with; that of direct
+answers says what its thoughts are worth. Unparsable answers count as wrong and their share is
+reported beside it. Several processes answer a share each.
 
 With --out, answers are kept beside it as they come, in OUT.part0, OUT.part1, … (one a process).
 The same command, with as many processes or not, then goes on where it was stopped; once OUT is

@@ -20,6 +20,7 @@ from tiny_checkpoint import make_checkpoint
 
 import parallel
 from model import Qwen2VL
+from optim import draw_rows
 
 ROOT = Path(__file__).parent.parent
 REWARD = """
@@ -85,6 +86,8 @@ RUNS = {  # name: program, keys
                            "mean": "token", "rewards": "some", "most_right": 0.2, "adora": 0.5}),
     "no signal": ("grpo", {"rewards": "late", "prompts": 6, "beta": 0}),
     "text": ("grpo", {"data": "text.jsonl", "prompts": 3, "micro_prompts": 1}),
+    "one pictured": ("grpo", {"data": "one.jsonl", "prompts": 2, "micro_prompts": 1}),
+    "one looked at": ("grpo", {"data": "one.jsonl", "prompts": 2, "freeze": "vision"}),
     "lora": ("grpo", {"lora": 4, "lora_vision": "true", "recompute": "true", "optimizer": "muon"}),
     "tower frozen": ("grpo", {"freeze": "vision", "dynamic_sampling": 1, "updates_per_batch": 2}),
     "sft": ("sft", {}),
@@ -99,7 +102,8 @@ HALF = {"bfloat16": ("grpo", {"bf16": "true"}), "sft bfloat16": ("sft", {"bf16":
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """A checkpoint and six rows: unequal pictures, two pictures, none; and the rows without."""
+    """A checkpoint and six rows: unequal pictures, two pictures, none; the rows without; and these
+    with one more, so that of two processes one at most has a picture."""
     folder = tmp_path_factory.mktemp("rows")
     make_checkpoint(folder / "model")
     (folder / "reward.py").write_text(REWARD)
@@ -110,7 +114,8 @@ def rows(tmp_path_factory):
             pixels = rng.integers(0, 255, (h, w, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name)
         lines.append({"images": names, "problem": f"How many? {'x' * i}", "solution": str(i)})
-    for name, kept in (("rows", lines), ("text", [x for x in lines if not x["images"]])):
+    text = [x for x in lines if not x["images"]]
+    for name, kept in (("rows", lines), ("text", text), ("one", [lines[0], *text])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in kept))
     return folder
 
@@ -225,6 +230,8 @@ def test_the_cases_are_what_they_say(done):
         end = load_file(done / name / "step_000003" / "model.safetensors")
         still = {k for k in start if torch.equal(start[k], end[k])}
         assert still >= {k for k in start if k.startswith("visual.")} and len(still) < len(start)
+    pictured = [draw_rows(3, 0, 2 * step, 2).count(0) for step in range(3)]  # of "one pictured"
+    assert sorted(pictured) == [0, 1, 1]
     assert min(x["no_signal"] for x in metrics(done / "no signal_2")) >= 0.5
     assert 0 < metrics(done / "plain_2")[0]["reward"] < 1
     for key in ("out_of_band", "no_reward", "kl"):
