@@ -434,6 +434,8 @@ def test_a_micro_batch_is_no_larger_than_the_prompts_of_a_process(small):
     assert found[0]["kept for backward"] > found[1]["kept for backward"]
     assert (four.rows, three.rows) == (4, 3)
     assert replace(four, processes=3).rows == replace(four, processes=4).rows == 3
+    assert [replace(four, minibatches=n).rows for n in (1, 3, 9)] == [4, 3, 1]
+    assert replace(four, minibatches=3, processes=2).rows == 2  # 5 prompts of a process in 3 parts
 
 
 def test_a_micro_batch_has_no_more_tokens_than_it_may_but_one_prompt_in_any_case(small):
@@ -619,9 +621,11 @@ def test_what_helps_are_keys_of_the_command_line(script, is_sft):
 
 
 def test_what_helps_never_asks_for_what_a_run_refuses():
-    for work in (Work(1, 1, 1, 9, 0, 1, sft=True), replace(CLEVR, prompts=8, group=2, max_new=1)):
+    for work in (Work(1, 1, 1, 9, 0, 1, sft=True), replace(CLEVR, prompts=8, group=2, max_new=1),
+                 replace(CLEVR, prompts=48, group=2, minibatches=3, processes=2)):  # fmt: skip
         for other in changes(work).values():
-            assert other.prompts >= other.processes
+            assert other.prompts // other.minibatches >= other.processes
+            assert other.prompts % other.minibatches == 0
             assert other.max_new >= 1 and other.group >= work.group
 
 
