@@ -6,7 +6,7 @@ their tokens. Such processes must also run the model equally often, on text and 
 agree on the number of micro-batches, one that is empty runs a few tokens with weight 0, and where
 any process has pictures the others run the vision tower on a blank one.
 
-None of this changes loss or gradient: both are sums over the step, see grpo.token_weights.
+None of this changes loss or gradient: both are sums over the step, see grpo.update.
 """
 
 import math

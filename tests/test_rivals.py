@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from tiny_checkpoint import make_checkpoint
 
+import estimators
 import grpo
 import rollout
 from bench import Config
@@ -87,7 +88,7 @@ def test_the_twin_has_the_same_loss_and_the_same_gradient(run, both, ids):
         return {"grad_norm": 0.0}
 
     with rebound(grpo, apply_gradients=watched):
-        adv = grpo.group_advantages(rewards)
+        adv = estimators.group_advantages(rewards)
         wanted = grpo.update(ours.policy, ours.reference, [], batch_of(run, ids), adv, run.banned,
                              ours.grpo)["loss"]  # fmt: skip
     loss = twin.gradient(twin.prepare(), ids, twin.twin.advantages(rewards), Phases("cpu"))
