@@ -302,7 +302,7 @@ def alone(tmp_path_factory):
             words.append(f"{way}:{s.getsockname()[1]}")
     env = {**ENV, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
     ran = subprocess.run([sys.executable, "-c", ALONE, ROOT, *words], cwd=folder, env=env,
-                         stdout=subprocess.PIPE, text=True, check=True, timeout=120)  # fmt: skip
+                         stdout=subprocess.PIPE, text=True, check=True, timeout=300)  # fmt: skip
     statuses = json.loads(ran.stdout)
     return {way: ((folder / f"{way}_0").read_text(), statuses[way]) for way in ENDS}
 
