@@ -71,9 +71,9 @@ class Logbook:
     """Of the run `run`, by all its processes; the first one writes.
 
     state: what resuming needs beside model and optimizers, for JSON: "step" (the last that was
-    done), "before", with eval_saves "after" (of the last step that was saved as the end) and "best"
-    (the highest mean over the evals of what the scorer gave, of equals the later), and what the
-    loop adds. shown: metrics of the progress bar. ValueError as told by
+    done), "before", with eval_saves "after" (of the last step that was saved as the end), "scored"
+    (the last step that was) and "best" (the highest mean over the evals of what the scorer gave, of
+    equals the later), and what the loop adds. shown: metrics of the progress bar. ValueError as told by
     load_scorer and trackers.open_trackers.
     """
 
@@ -92,9 +92,13 @@ class Logbook:
                                                    state["step"])
 
     def open(self) -> None:
-        """The evaluations of the start."""
-        if "before" not in self.state:
-            self.state["before"] = self.score("before")
+        """The evaluations of the start; and of a checkpoint to go on from, if there was no time."""
+        state, step = self.state, self.state["step"]
+        if "before" not in state:
+            state["before"] = self.score("before")
+        regular = 0 < step < self.total and step % self.cfg.save_every == 0
+        if self.cfg.eval_saves and self.evals and regular and state.get("scored") != step:
+            self.note_best(step, self.score(f"step_{step:06d}"))
 
     def score(self, when: str) -> dict:
         """Greedy results on every eval by the run's scorer; details in eval/NAME_WHEN.json."""
@@ -167,6 +171,7 @@ class Logbook:
     def note_best(self, step: int, found: dict) -> None:
         """Notes if a step that is saved is the best of all until now."""
         mean = sum(each["score"] for each in found.values()) / len(found)
+        self.state["scored"] = step
         if mean >= self.state.get("best", {}).get("score", -math.inf):
             self.state["best"] = {"step": step, "score": mean}
 

@@ -117,16 +117,8 @@ def holds_run(out: Path) -> bool:
 
 def why_not(out: Path, cfg, steps: int) -> str | None:
     """Why the run in `out` is not one that this command goes on with; None if it is."""
-    try:
-        there = json.loads((out / "config.json").read_bytes())
-    except (FileNotFoundError, ValueError) as error:
-        return f"no readable config.json ({error})"
-    now, start = to_dict(cfg), to_dict(type(cfg)())  # a key that it did not know had its default
-    there = {**start, **there}
-    other = [k for k in {**now, **there} if k not in FREE and there.get(k) != now.get(k)]
-    if other:
-        told = ", ".join(f"{k} {show(there.get(k))}, not {show(now.get(k))}" for k in other)
-        return f"it has another config: {told}"
+    if other := other_config(out, cfg):
+        return other
     if (done := summary_steps(out)) >= steps:
         return f"it is finished, {done} steps"
     found = steps_of(out)
@@ -139,6 +131,23 @@ def why_not(out: Path, cfg, steps: int) -> str | None:
     if whole and progress(whole)["step"] > steps:
         return f"it has done {progress(whole)['step']} steps, more than {steps}"
     return None
+
+
+def other_config(out: Path, cfg, free: set[str] = FREE, grows: tuple[str, ...] = ()) -> str | None:
+    """How the config of the run in `out` differs, but for the keys that may change; None if it does
+    not. Those of `grows` may, but not to less."""
+    try:
+        there = json.loads((out / "config.json").read_bytes())
+    except (FileNotFoundError, ValueError) as error:
+        return f"no readable config.json ({error})"
+    now, start = to_dict(cfg), to_dict(type(cfg)())  # a key that it did not know had its default
+    there = {**start, **there}
+    other = [k for k in {**now, **there} if k not in free and there.get(k) != now.get(k)]
+    for key in now.keys() & {*grows}:
+        if there[key] != now[key] and (None in (there[key], now[key]) or there[key] > now[key]):
+            other.append(key)
+    told = ", ".join(f"{k} {show(there.get(k))}, not {show(now.get(k))}" for k in other)
+    return f"it has another config: {told}" if other else None
 
 
 def summary_steps(out: Path) -> int:

@@ -20,6 +20,7 @@ while the others wait.
 
 import gc
 import json
+import math
 import sys
 import time
 from dataclasses import replace
@@ -32,12 +33,13 @@ import distill
 import grpo
 import parallel
 import report
+import resume
 import sft
 import sieve
 import stages
-from config import show, to_dict
+from config import to_dict
 from journal import write_json
-from resume import FREE, Stop, take_lock
+from resume import Stop, take_lock
 from stages import Recipe, Stage
 
 RUNS = {"sft": sft.train, "grpo": grpo.train, "filter": sieve.sift}
@@ -209,24 +211,22 @@ def why_not(out: Path, recipe: Recipe) -> str | None:
         if folder.name not in begun:
             break
         begun.remove(folder.name)
-        if other := differing(folder, cfg):
-            return f"its stage {folder.name} has {other}"
+        if why := differs(folder, cfg):
+            return f"its stage {folder.name}: {why}"
         if not ended(folder, cfg):
             break
         left[stage.name] = str(chosen(stage, out, read_json(folder / "summary.json")))
     return f"it has a stage {min(begun)} already" if begun else None
 
 
-def differing(folder: Path, cfg) -> str | None:
-    """In words, how the config of the stage in `folder` differs, but for keys that may change."""
-    there, now, start = read_json(folder / "config.json"), to_dict(cfg), to_dict(type(cfg)())
-    there = {**start, **there}
-    free = FREE if isinstance(cfg, sft.Config | grpo.Config) else sieve.FREE
-    other = [k for k in {**now, **there} if k not in free and there.get(k) != now.get(k)]
-    for key in {"steps", "epochs"} & now.keys():
-        if there[key] != now[key] and (None in (there[key], now[key]) or there[key] > now[key]):
-            other.append(key)
-    return ", ".join(f"{k} {show(there.get(k))}, not {show(now.get(k))}" for k in other)
+def differs(folder: Path, cfg) -> str | None:
+    """Why a stage that was begun in `folder` is not one of this config, or cannot be gone on with;
+    None if it can. It may ask for more steps than before."""
+    trains = isinstance(cfg, sft.Config | grpo.Config)
+    free = resume.FREE if trains else sieve.FREE
+    why = resume.other_config(folder, cfg, free, ("steps", "epochs"))
+    return why or (resume.why_not(folder, cfg, math.inf) if trains and not ended(folder, cfg)
+                   else None)  # fmt: skip
 
 
 def ended(folder: Path, cfg) -> bool:

@@ -5,6 +5,7 @@
         run("grpo", ..., kill=7)                             # SIGKILL before file operation 7
         run("grpo", ..., kill=2, at="metrics.jsonl")         # 2: the third one on that file
         run("grpo", ..., after=1.5, signal=signal.SIGTERM)   # a signal after 1.5 s
+    run("run", "RECIPE.toml", "--out", ..., processes=2) # as torchrun would start two
 
 A run takes 5 s to import what it needs, and 1 s until torch can make its first plan of the memory.
 So one process does both and forks a child for each run. It starts no threads that a child would
@@ -14,6 +15,7 @@ miss, and has no GPU, which could not be used in one.
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,12 +42,14 @@ class RunMany:
         self.server.stdin.close()
         self.server.wait(60)
 
-    def __call__(self, program: str, *words, kill=None, at="", after=None, signal=SIGKILL):
+    def __call__(self, program: str, *words, kill=None, at="", after=None, signal=SIGKILL,
+                 processes=1):  # fmt: skip
         """Status (negative: the signal that ended it) and output of `program words`. It gets the
         signal before operation number `kill` on a file under --out, of those whose path ends with
         `at`; or `after` so many seconds."""
         order = {"program": program, "words": [str(word) for word in words], "kill": kill,
-                 "at": at, "after": after, "signal": int(signal)}  # fmt: skip
+                 "at": at, "after": after, "signal": int(signal),
+                 "processes": processes}  # fmt: skip
         print(json.dumps(order), file=self.server.stdin, flush=True)
         status, said = json.loads(self.server.stdout.readline())
         return status, said
@@ -76,18 +80,34 @@ def child(order: dict, log) -> None:
     os._exit(status)
 
 
+def join(rank: int, size: int, port: int) -> None:
+    """Makes this process one of several, as torchrun does."""
+    if size > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+                       "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
+                       "MASTER_PORT": str(port)}  # fmt: skip
+
+
 def serve() -> None:
     for line in sys.stdin:
         order = json.loads(line)
         with tempfile.TemporaryFile() as log:
-            if not (pid := os.fork()):
-                with contextlib.suppress(BaseException):
-                    child(order, log)
-                os._exit(1)
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                port, started = free.getsockname()[1], []
+            for rank in range(order["processes"]):
+                if not (pid := os.fork()):
+                    with contextlib.suppress(BaseException):
+                        join(rank, order["processes"], port)
+                        child(order, log)
+                    os._exit(1)
+                started.append(pid)
             if order["after"] is not None:
                 time.sleep(order["after"])
-                os.kill(pid, order["signal"])
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                for pid in started:
+                    os.kill(pid, order["signal"])
+            statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
+            status = next(filter(None, statuses), 0)
             log.seek(0)
             print(json.dumps([status, log.read().decode(errors="replace")]), flush=True)
 
@@ -97,10 +117,11 @@ if __name__ == "__main__":
 
     import grpo
     import plan
+    import run
     import sft
     from checkpoint import read_config
 
     torch.set_num_threads(1)
     plan.of(read_config(ROOT / "tiny"), plan.Work(1, 2, max_new=2, tokens=8, patches=4, micro=1))
-    PROGRAMS = {"grpo": grpo, "sft": sft}
+    PROGRAMS = {"grpo": grpo, "sft": sft, "run": run}
     serve()
