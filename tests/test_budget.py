@@ -42,7 +42,7 @@ GROUPS = {
         "live", "plan", "journal", "saving", "resume", "trackers", "advice", "chart", "report",
         "logbook",
     )),
-    "supervised training and distillation": (2000, (
+    "supervised training and distillation": (2100, (
         "sft", "chat", "letters", "describe", "teachers", "traces", "pack", "asking", "bridge",
         "distill",
     )),

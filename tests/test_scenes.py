@@ -73,7 +73,7 @@ def test_commas_and_colons_both_separate_options(cache):
 
 def test_every_option_reaches_the_world(cache):
     source = "world:C,seed=3,objects=2-6,size=140x84,look=plain,shapes=known,part=val,n=2"
-    split, n, kinds, teacher, keep, options = parse_world(source + ",ask=count+relation", "train")
+    split, n, kinds, _, _, options = parse_world(source + ",ask=count+relation", "train")
     assert (split, n, kinds) == ("C", 2, ("count", "relation"))
     assert options == {"seed": 3, "part": "val", "objects": (2, 6), "size": (140, 84),
                        "look": "plain", "shapes": "known"}  # fmt: skip
