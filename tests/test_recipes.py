@@ -231,9 +231,12 @@ ROWS |= {  # HERE: the folder of the rows
                            "way? Choose between the following options: left or right"},
                           {"role": "assistant", "content": "left"}], "images": [f"{i}.png"]}
             for i in range(4)],
-    # what the steps that ask start from; open-r1's rows; R1-Onevision's; Bespoke-Stratos's
+    # what the steps that ask start from; multimodal-open-r1-8k-verified; R1-Onevision's chats; text
     "questions": [{"id": f"q{i}", "image": f"{i}.png", "problem": "How many?", "solution": "2"}
                   for i in range(2)],
+    "verified": [{"image": f"{i}.png", "problem": "How many?", "original_question": "A. 2",
+                  "solution": GOLD + "\n\n<answer>2</answer>", "original_answer": "A"}
+                 for i in range(4)],
     "onevision": [{"messages": [{"role": "user", "content": "<image>How many?"},
                                 {"role": "assistant", "content": GOLD + "\n\nTwo."}],
                    "images": [f"{i}.png"]} for i in range(2)],
@@ -354,6 +357,22 @@ def test_every_stage_of_a_system_takes_two_steps(path, small, rows, tmp_path):
             assert stage.leaves(tmp_path).exists()
     assert (tmp_path / "report.html").is_file()
     assert bool(server.asked) == any("@http" in str(vars(stage.cfg)) for stage in recipe.stages)
+
+
+BEGUN = {"open_r1_multimodal": ("rl", "verified"), "r1_onevision": ("cold_start", "onevision")}
+
+
+@pytest.mark.parametrize("name", BEGUN)
+def test_a_published_set_takes_the_place_of_its_teachers(name, small, rows, tmp_path):
+    """As the heads of the recipes say: --first NAME --NAME.data SOURCE."""
+    pytest.importorskip("math_verify")
+    first, source = BEGUN[name]
+    words = [str(ROOT / "recipes" / f"{name}.toml"), "--first", first]
+    words += [f"--{first}.data", f"{rows}/{source}.jsonl images={rows}"]
+    recipe = stages.read(words)
+    words += ["--model", str(small), "--out", str(tmp_path), *cut(recipe, rows, "")]
+    assert run.main(words)[first]["steps"] == 2
+    assert recipe.stages[0].name == first and recipe.stages[0].folder(tmp_path).is_dir()
 
 
 def settings(name: str) -> dict:
