@@ -71,9 +71,9 @@ class Logbook:
     """Of the run `run`, by all its processes; the first one writes.
 
     state: what resuming needs beside model and optimizers, for JSON: "step" (the last that was
-    done), "before", with eval_saves "after" (of the last step that was saved as the end), "scored"
-    (the last step that was) and "best" (the highest mean over the evals of what the scorer gave, of
-    equals the later), and what the loop adds. shown: metrics of the progress bar. ValueError as told by
+    done), "before", and what the loop adds; with eval_saves "after" (of the last step that was the
+    end), "scored" (the last step that was) and "best" (the highest mean over the evals of what the
+    scorer gave, of equals the later). shown: metrics of the progress bar. ValueError as told by
     load_scorer and trackers.open_trackers.
     """
 
