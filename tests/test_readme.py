@@ -12,10 +12,12 @@ from tiny_checkpoint import make_checkpoint
 import bench
 import controls
 import distill
+import estimators
 import evaluate
 import grpo
 import paper
 import sft
+import stages
 import workload
 from config import read
 from template import TEMPLATES
@@ -49,10 +51,13 @@ def test_its_table_of_files_is_the_files():
 def test_the_functions_and_keys_of_the_algorithm_exist():
     section = SECTIONS["The algorithm"]
     fields = set(grpo.Config.__dataclass_fields__)
-    for row in re.findall(r"^\|.*\|$", section.split("| symbol |")[1], re.M)[1:]:
+    symbols, _, systems = section.split("| symbol |")[1].partition("\n\n")
+    for row in re.findall(r"^\|.*\|$", systems, re.M)[2:]:
+        assert set(re.findall(r"`(\w+)\b", row)) <= fields | {"baseline"}, row
+    for row in re.findall(r"^\|.*\|$", symbols, re.M)[1:]:
         cells = [c.strip() for c in re.split(r"(?<!\\)\|", row)[1:-1]]
         for name in re.findall(r"`(\w+)`", cells[2]):
-            assert callable(getattr(grpo, name)), name
+            assert callable(getattr(estimators, name)), name
         keys = re.findall(r"`(\w+)`", cells[3])
         assert keys and set(keys) <= fields, row
     for row in re.findall(r"^\| [\d, ]+ \|.*\|$", section, re.M):
@@ -82,8 +87,12 @@ def test_its_metrics_are_those_that_runs_write(tmp_path):
 def test_its_commands_parse():
     """Every ARGS="..." after a make target resolves to a config, and so does a plain python."""
     commands = README.replace("\\\n", " ")
-    for args in re.findall(r'make train[^\n]*ARGS="([^"]+)"', commands):
-        read(grpo.Config, [str(ROOT / "recipes/tiny.toml"), *args.split()])
+    for where, args in re.findall(r'make train([^\n]*)ARGS="([^"]+)"', commands):
+        recipe = (re.findall(r"RECIPE=(recipes/\S+)", where) or ["recipes/tiny.toml"])[0]
+        if "my.toml" not in where:
+            stages.read([str(ROOT / recipe), *args.split()])
+    for recipe, args in re.findall(r"python run.py (recipes/\S+)([^\n#`]*)", commands):
+        stages.read([str(ROOT / recipe), *args.split()])
     for args in re.findall(r'make eval[^\n]*ARGS="([^"]+)"', commands):
         read(evaluate.Config, args.split())
     for args in re.findall(r'make sft[^\n]*ARGS="([^"]+)"', commands):
@@ -102,8 +111,10 @@ def test_its_commands_parse():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.name)
 def test_every_recipe_is_in_it_and_resolves(path):
-    script = sft if path.stem.startswith("sft") else grpo
-    assert read(script.Config, [str(path)]).out == f"runs/{path.stem}"
+    if path.stem.startswith("sft"):
+        assert read(sft.Config, [str(path)]).out == f"runs/{path.stem}"
+    else:
+        assert stages.read([str(path)]).whole.out == f"runs/{path.stem}"
     assert f"recipes/{path.name}" in README
 
 
