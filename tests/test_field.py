@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import field
-from field import EVALS, LINES, PLAIN, RUNS, run_all, show, spread, stage_of
+from field import EVALS, LINES, PLAIN, RUNS, Line, run_all, show, spread, stage_of
 from stages import read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,9 +48,12 @@ def test_every_run_learns_from_as_many_samples_from_the_same_start(name):
 
 
 def test_every_line_of_the_table_asks_a_run_that_there_is():
-    assert {of for _, of, _, _ in LINES} == set(RUNS)
-    names = [line for line, *_ in LINES]
-    assert len(set(names)) == len(names)
+    assert {line.of for line in LINES} == set(RUNS)
+    assert len({(line.of, field.key(line)) for line in LINES}) == len(LINES)
+    for line in LINES:
+        recipe, words = RUNS[line.of]
+        stages = read([str(ROOT / "recipes" / f"{recipe}.toml"), *words]).stages
+        assert line.stage is None or line.stage in [stage.name for stage in stages]
 
 
 @pytest.fixture
@@ -63,8 +66,8 @@ def series(tmp_path, monkeypatch):
     monkeypatch.setattr(field, "START", str(START))
     monkeypatch.setattr(field, "EVALS", tuple(x.replace("n=400", "n=2") for x in EVALS))
     monkeypatch.setattr(field, "RUNS", {PLAIN: ("one", []), "two": ("two", ["--max_new", "6"])})
-    lines = ((PLAIN, PLAIN, None, None), ("two", "two", None, None),
-             ("- cold", "two", "cold", None), ("- direct", "two", None, "direct"))  # fmt: skip
+    lines = (Line(PLAIN, PLAIN, ""), Line("two", "two", ""), Line("- cold", "two", "", "", "cold"),
+             Line("- direct", "two", "", "", None, "direct"))  # fmt: skip
     monkeypatch.setattr(field, "LINES", lines)
     return field.Config(seeds=(0,), runs=(PLAIN, "two"), jobs=0, out="f.json", picture="f.png")
 
@@ -88,19 +91,20 @@ def test_a_series_goes_on_where_it_was_stopped_and_is_shown(series, monkeypatch)
 
 
 def test_the_table_has_mean_and_range_and_the_difference_seed_by_seed():
-    def one(*values):
-        return {line: {name: {"accuracy": x, "length": 9} for name in "AC"}
-                for line, x in values}
+    def one(seconds, **values):
+        return {"seconds": seconds, "asked": {
+            name: {e: {"accuracy": x, "length": 9} for e in "AC"} for name, x in values.items()}}
 
     start = {name: {"accuracy": 0.25, "length": 8} for name in "AC"}
-    runs = {PLAIN: {"0": {"seconds": 60, "asked": one((PLAIN, 0.5))},
-                    "1": {"seconds": 62, "asked": one((PLAIN, 0.7))}},
-            "open_r1": {"1": {"seconds": 70, "asked": one((LINES[9][0], 0.8))}}}
+    runs = {PLAIN: {"0": one(60, last=0.5), "1": one(62, last=0.7)},
+            "open_r1": {"1": one(70, last=0.8, direct=0.6)}}
     lines = show({"start": start, "results": runs}).splitlines()
-    assert lines[0] == "|  | A | C | A, against plain | tokens on A | seconds |"
-    assert lines[2] == "| start | 0.250 | 0.250 |  | 8 |  |"
+    assert lines[0] == "|  | its idea | A | C | A, against plain | tokens | s | its paper says |"
+    assert lines[2] == "| start | a flawed teacher | 0.250 | 0.250 |  | 8 |  |  |"
     mean = "0.600 (0.50 to 0.70)"
-    assert lines[3] == f"| {PLAIN} | {mean} | {mean} |  | 9 | 61 |"
-    assert lines[4] == f"| {LINES[9][0]} | 0.800 | 0.800 | +0.100 | 9 | 70 |"
-    assert len(lines) == 5
+    assert lines[3] == f"| {PLAIN} | {LINES[0].idea} | {mean} | {mean} |  | 9 | 61 |  |"
+    assert lines[4].startswith("| open-r1-multimodal | ")
+    assert "| 0.800 | 0.800 | +0.100 | 9 | 70 |" in lines[4]
+    assert lines[5].startswith("| - asked directly | ") and "| -0.100 | 9 |  |" in lines[5]
+    assert len(lines) == 6
     assert spread([0.1, -0.1], "+") == "+0.000 (-0.10 to +0.10)"
