@@ -194,19 +194,18 @@ def show(found: dict) -> str:
     """A Markdown table: greedy accuracy of each line on each eval, mean over the seeds, lowest and
     highest beside it; on the first also the difference to plain GRPO, seed by seed."""
     names = list(found["start"])
-    heads = ["", "its idea", *names, f"{names[0]}, against plain", "tokens", "s", "its paper says"]
+    heads = ["", "its idea", *names, f"{names[0]}, against plain", "tokens", "its paper says"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     *accuracy, tokens = numbers([found["start"]], names)
-    lines.append(f"| start | a flawed teacher | {' | '.join(accuracy)} |  | {tokens} |  |  |")
+    lines.append(f"| start | a flawed teacher | {' | '.join(accuracy)} |  | {tokens} |  |")
     plain = summaries(found, LINES[0])
     for line in LINES:
         if asked := summaries(found, line):
             gains = [asked[seed][names[0]]["accuracy"] - plain[seed][names[0]]["accuracy"]
                      for seed in asked if seed in plain and line.name != PLAIN]  # fmt: skip
             *accuracy, tokens = numbers(list(asked.values()), names)
-            seconds = np.mean([found["results"][line.of][seed]["seconds"] for seed in asked])
-            cells = [line.name, line.idea, *accuracy, spread(gains, "+") if gains else "", tokens,
-                     f"{seconds:.0f}" * (key(line) == "last"), line.claim]  # fmt: skip
+            gain = spread(gains, "+") if gains else ""
+            cells = [line.name, line.idea, *accuracy, gain, tokens, line.claim]
             lines.append(f"| {' | '.join(cells)} |".replace("->", "→"))
     return "\n".join(lines)
 

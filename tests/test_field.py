@@ -99,12 +99,12 @@ def test_the_table_has_mean_and_range_and_the_difference_seed_by_seed():
     runs = {PLAIN: {"0": one(60, last=0.5), "1": one(62, last=0.7)},
             "open_r1": {"1": one(70, last=0.8, direct=0.6)}}
     lines = show({"start": start, "results": runs}).splitlines()
-    assert lines[0] == "|  | its idea | A | C | A, against plain | tokens | s | its paper says |"
-    assert lines[2] == "| start | a flawed teacher | 0.250 | 0.250 |  | 8 |  |  |"
+    assert lines[0] == "|  | its idea | A | C | A, against plain | tokens | its paper says |"
+    assert lines[2] == "| start | a flawed teacher | 0.250 | 0.250 |  | 8 |  |"
     mean = "0.600 (0.50 to 0.70)"
-    assert lines[3] == f"| {PLAIN} | {LINES[0].idea} | {mean} | {mean} |  | 9 | 61 |  |"
+    assert lines[3] == f"| {PLAIN} | {LINES[0].idea} | {mean} | {mean} |  | 9 |  |"
     assert lines[4].startswith("| open-r1-multimodal | ")
-    assert "| 0.800 | 0.800 | +0.100 | 9 | 70 |" in lines[4]
-    assert lines[5].startswith("| - asked directly | ") and "| -0.100 | 9 |  |" in lines[5]
+    assert "| 0.800 | 0.800 | +0.100 | 9 | with thoughts" in lines[4]
+    assert lines[5].startswith("| - asked directly | ") and "| -0.100 | 9 |" in lines[5]
     assert len(lines) == 6
     assert spread([0.1, -0.1], "+") == "+0.000 (-0.10 to +0.10)"
