@@ -38,7 +38,7 @@ GROUPS = {
     "data sets and evaluation": (1200, (
         "hub", "shards", "rows", "ahead", "scorers", "kept", "evaluate",
     )),
-    "a run that survives, and tells what happens": (1700, (
+    "a run that survives, and tells what happens": (1800, (
         "live", "plan", "journal", "saving", "resume", "trackers", "advice", "chart", "report",
         "logbook",
     )),
@@ -46,7 +46,7 @@ GROUPS = {
         "sft", "chat", "letters", "describe", "teachers", "traces", "pack", "asking", "bridge",
         "distill",
     )),
-    "recipes of several stages": (600, ("sieve", "stages", "run")),
+    "recipes of several stages": (680, ("sieve", "stages", "run")),
     "speed, measured and modelled": (1500, (
         "costs", "scaling", "machine", "standin", "workload", "rivals", "bench",
     )),
