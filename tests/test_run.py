@@ -20,9 +20,6 @@ data = "world:A:n=6"
 max_pixels = 3136
 max_new = 4
 micro = 2
-micro_prompts = 2
-prompts = 2
-group = 2
 probes = 0
 save_every = 1
 keep = 1
@@ -57,6 +54,9 @@ lr = 1e-1
 method = "grpo"
 data = "world:A:n=6 only={few}"
 steps = 3
+prompts = 2
+group = 2
+micro_prompts = 2
 rewards = ["length(per=1)"]
 """
 
