@@ -7,9 +7,10 @@
 An ask is a prompt with places for what is known: {problem}, {answer} (the gold one), {text} (what a
 row that is itself an answer says) and the fields of the asks before it. Its answers are kept line
 by line in OUT_FIELD.jsonl beside OUT: each ask can be killed and goes on, and what another teacher
-said, or what was said to another prompt, is refused. When all are there OUT is written from them,
-and what is not to be used to OUT_rejected.jsonl with its reason, both whole. A question that gets
-no answer is told at the end; the others go on without it.
+said, or what was said to another prompt, is refused before more is asked. When all are there OUT is
+written from them, and what is not to be used to OUT_rejected.jsonl with its reason, both whole. A
+question that gets no answer is told at the end; the others go on without it. One whose answer is
+empty, from which no later ask could go on, is rejected.
 """
 
 import json
@@ -85,7 +86,7 @@ class Run:
     """The asks of a step on the rows of a source."""
 
     def __init__(self, cfg: Asks, asks: Sequence[Ask], unfit: Callable | None):
-        self.cfg, self.said = cfg, {}
+        self.cfg, self.said, self.count = cfg, {}, 0
         for path in (cfg.out, *(named(cfg.out, x) for x in ("rejected", *(a.field for a in asks)))):
             check_out(path, cfg.data)
         who = {True: (cfg.teacher, cfg.key_env)}  # whether pictures are shown: who is asked
@@ -102,15 +103,14 @@ class Run:
     def all_units(self) -> Iterator[Unit]:
         """n for each row; of a row that is itself the answer number `sample`, the one."""
         for i, example in enumerate(self.examples):
-            one = example.extra.get("sample")
-            for k in range(self.cfg.n) if one is None else [one]:
+            own = example.extra.get("sample")
+            for k in [own] if type(own) is int else range(self.cfg.n):
                 yield Unit(i, self.asked[i][0], k)
 
     def known(self, unit: Unit) -> dict[str, str]:
         """What may stand in the places of a prompt."""
         example, (_, problem, solution) = self.examples[unit.i], self.asked[unit.i]
-        text = example.extra.get("text") or example.extra.get("completion") or ""
-        given = {"problem": problem, "answer": gold_answer(solution), "text": text}
+        given = {"problem": problem, "answer": gold_answer(solution), "text": text_of(example)}
         return given | {field: said.text(unit) for field, said in self.said.items()}
 
     def question(self, ask: Ask, unit: Unit) -> Question:
@@ -125,14 +125,22 @@ class Run:
 
     def ask(self, ask: Ask) -> dict:
         """Asks what has no answer yet, of the rows that have all answers before; those that failed:
-        {(id, sample): reason}. An answer that was cut goes on to the asks after it as it is."""
+        {(id, "FIELD SAMPLE"): reason}. An answer that was cut goes on to the asks after it as it
+        is, an empty one does not."""
         path, teacher = named(self.cfg.out, ask.field), self.teachers[ask.sees]
         ready = [unit if ask.each else unit._replace(sample=0) for unit in self.units
-                 if unit.i not in self.unfit and all(unit in x for x in self.said.values())]
+                 if unit.i not in self.unfit
+                 and all(unit in x and x.text(unit) for x in self.said.values())]
         ready = list({unit[1:]: unit for unit in ready}.values())
         wanted = {name: tuple(said) for name, *said in self.asked}
-        with resumed(path, wanted, teacher.name) as (done, append):
-            left = [unit for unit in ready if unit[1:] not in done]
+        with resumed(path, wanted, teacher.name) as (_, append):
+            there = Said(path, ask)
+            for unit in filter(there.__contains__, ready):
+                if there[unit].get("asked") != stamp(self.question(ask, unit)):
+                    raise ValueError(f"{path} holds an answer for {unit.id} to another prompt; "
+                                     "remove it, or give another --out")
+            left = [unit for unit in ready if unit not in there]
+            self.count += len(left)
             print(f"{ask.field}: {len(ready) - len(left)} answers are there, {len(left)} are asked "
                   f"of {teacher.name}")
 
@@ -142,12 +150,7 @@ class Run:
 
             asked = ((unit, self.question(ask, unit)) for unit in left)
             failed = teacher.ask(asked, keep, len(left), ask.field)
-        said = Said(path, ask)
-        for unit in ready:
-            if unit in said and said[unit].get("asked") != stamp(self.question(ask, unit)):
-                raise ValueError(f"{path} holds an answer for {unit.id} to another prompt; remove "
-                                 "it, or give another --out")
-        self.said[ask.field] = said
+        self.said[ask.field] = Said(path, ask)
         return {(unit.id, f"{ask.field} {unit.sample}"): why for unit, why in failed.items()}
 
     def head(self, unit: Unit) -> dict:
@@ -159,7 +162,8 @@ class Run:
         if unit.i in self.unfit:
             return self.unfit[unit.i]
         if not all(unit in said for said in self.said.values()):
-            return None
+            empty = (f for f, said in self.said.items() if unit in said and not said.text(unit))
+            return next((f"empty {field}" for field in empty), None)
         return row(self.known(unit), {field: said[unit] for field, said in self.said.items()})
 
     def write(self, row: Callable) -> Counter:
@@ -192,13 +196,19 @@ def ask_all(cfg: Asks, asks: Sequence[Ask], row: Callable, unfit: Callable | Non
     for ask in asks:
         failed |= run.ask(ask)
     counts = run.write(row)
-    tell_failed(failed, len(asks) * len(run.units))
+    tell_failed(failed, run.count)
     return counts
 
 
 def named(out: str, field: str) -> str:
     """OUT_FIELD.jsonl of OUT.jsonl."""
     return f"{Path(out).with_suffix('').as_posix()}_{field}.jsonl"
+
+
+def text_of(example: Example) -> str:
+    """What a row says that is itself an answer, or ""."""
+    text = example.extra.get("text")
+    return text.strip() and text if isinstance(text, str) else ""
 
 
 def stamp(question: Question) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from asking import Ask, ask_all, carried, named
+from asking import Ask, ask_all, carried, named, text_of
 from config import opt
 from evaluate import check_out
 from example import Example
@@ -84,7 +84,8 @@ SCORE = Ask("score", "Question: {problem}\nTrue answer: {answer}\n\nAnswer to ju
             "agrees with the picture, and whether it is complete and well formed. Give a reason "
             "in a sentence, then end with one line: Score: NUMBER", sees=True, each=True)
 VERDICT = re.compile(r"consistent\W{0,9}(yes|no)\b", re.IGNORECASE)
-POINTS = re.compile(r"score\W{0,9}([0-9]{1,3}(?:\.[0-9]{1,3})?)\b", re.IGNORECASE)
+POINTS = re.compile(r"score(?: ?\([^()]{0,20}\))?\W{0,9}([0-9]{1,3}(?:\.[0-9]{1,3})?)\b",
+                    re.IGNORECASE)  # fmt: skip
 
 
 def answered(known: dict, answers: dict) -> dict:
@@ -104,16 +105,22 @@ def consistent(known: dict, answers: dict) -> dict | str:
 
 def rewritten(known: dict, answers: dict) -> dict | str:
     """A row of a question written anew, or open-r1-multimodal's reasons to drop it."""
-    parts = [known["rewrite"].rpartition(f"<{tag}>")[2].partition(f"</{tag}>")
-             for tag in ("question", "reasoning", "answer")]  # fmt: skip
-    if not all(closed and inside.strip() for inside, closed, _ in parts):
+    parts = [last_in(known["rewrite"], tag) for tag in ("question", "reasoning", "answer")]
+    if not all(parts):
         return "empty tags"
-    question, thought, answer = (inside.strip() for inside, _, _ in parts)
+    question, thought, answer = parts
     if "Answer:" in question:
         return "Answer: in the question"
     return {"problem": question, "solution": answer, "text": tagged(thought, answer),
             "teacher": answers["rewrite"]["teacher"], "original_question": known["problem"],
             "original_answer": known["answer"]}  # fmt: skip
+
+
+def last_in(text: str, tag: str) -> str:
+    """What stands in the last <tag>…</tag> of a text, or ""."""
+    _, opened, rest = text.rpartition(f"<{tag}>")
+    inside, closed, _ = rest.partition(f"</{tag}>")
+    return inside.strip() if opened and closed else ""
 
 
 def too_small(example: Example) -> str | None:
@@ -192,7 +199,7 @@ def judge(cfg: Judge) -> Counter:
         return {"score": said[-1]} if said[-1] > cfg.above else f"score up to {cfg.above:g}"
 
     def silent(example: Example) -> str | None:
-        return None if example.extra.get("text") else "no answer to judge"
+        return None if text_of(example) else "no answer to judge"
 
     return ask_all(cfg, (SCORE,), scored, silent)
 

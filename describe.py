@@ -76,6 +76,8 @@ def load_drawn(source: str, folder: Path, prefix: str) -> tuple[dict[str, dict],
     (folder / prefix).mkdir(parents=True, exist_ok=True)
     for example in load_examples(source):
         scene = example.extra["scene"]
+        if not example.images:
+            raise ValueError(f"{source}: {example.row} has no picture to describe")
         name = f"{prefix}/{scene['image_filename']}"
         Image.fromarray(open_image(example.images[0])).save(folder / name)
         scenes[name] = scene

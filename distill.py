@@ -211,6 +211,11 @@ class Verify:
                                        "compared with the solution")
     least: float = opt(1.0, "of each of the rewards")
 
+    def check(self):
+        """ValueError for a key that would do nothing."""
+        if self.least != 1 and not self.rewards:
+            raise ValueError(f"least {self.least:g}: is of --rewards, and none is given")
+
 
 def verify(cfg: Verify) -> Counter:
     """Sorts answers into those to learn from and the rest, which is told why. Both files are in the

@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from images import check_size
+
 FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts",
            "/Library/Fonts", "/System/Library/Fonts", "C:/Windows/Fonts")  # fmt: skip
 # Of these families, the first that are there: text fonts, Latin, Greek and signs, then Chinese.
@@ -104,7 +106,7 @@ def wrap(text: str, face, width: int) -> list[str]:
 def letters(text: str, seed: int, width: int = 448, below: np.ndarray | None = None) -> Image.Image:
     """A picture `width` pixels wide, or as wide as the picture (H, W, 3) uint8 to show below it,
     and as high as the text needs. ValueError for a text without letters, with letters of no font
-    here, or too long to be a question."""
+    here, or too long to be a question, or for a page that open_image would refuse."""
     text = unicodedata.normalize("NFC", text).expandtabs(4).strip()
     if not text or len(text) > LONGEST:
         raise ValueError(f"{len(text)} characters: a question has 1 to {LONGEST:,}")
@@ -118,7 +120,9 @@ def letters(text: str, seed: int, width: int = 448, below: np.ndarray | None = N
     up, down = face.getmetrics()
     step = round((up + down) * rng.uniform(1.0, 1.35))
     high = 2 * margin + step * (len(lines) - 1) + up + down
-    page = Image.new("RGB", (width, high + (picture.height + margin if picture else 0)), paper)
+    size = width, high + (picture.height + margin if picture else 0)
+    check_size("the page", *size)
+    page = Image.new("RGB", size, paper)
     pen = ImageDraw.Draw(page)
     for i, line in enumerate(lines):
         pen.text((margin, margin + i * step), line, ink, face)

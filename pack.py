@@ -28,7 +28,7 @@ from config import opt
 from evaluate import check_out
 from example import Example
 from images import find_image, open_image
-from traces import line_at, need, of_image, read_rows, to_learn
+from traces import SCENE, line_at, need, of_image, read_rows, to_learn
 
 # Columns, by what is learnt: a thought with the row's own solution, or an answer letter by letter.
 TEXTS = {"gold": ("problem", "thinking", "solution"), "text": ("problem", "completion", "solution")}
@@ -104,12 +104,13 @@ def rows_to_learn(data, base: Path, part: Path, column: str, learn: str):
         need(row, data, at, "problem", "solution", "text")
         try:
             texts = to_learn(row, learn)
-            found = [(name, Path(find_image(name, base)).read_bytes()) for name in names_of(row)]
+            found = [Path(find_image(name, base)) for name in names_of(row)]
         except ValueError as error:
             raise ValueError(f"{line_at(data, at)}: {error} (--data: rows of verify, --images: "
                              "where their images are)") from None
         names, packed = [], []
-        for said, content in found:
+        for path in found:
+            said, content = path.relative_to(base).as_posix(), path.read_bytes()
             name = f"images/{said.removeprefix('images/')}"
             if not (part / name).exists():
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
@@ -136,8 +137,9 @@ def write_shard(rows, count: int, file, writer: pq.ParquetWriter):
 
 def question_of(example: Example) -> tuple[str, str, str]:
     """(id, problem, solution) of a row. A described scene is asked about as what is seen."""
-    problem = of_image(example.problem) if "description" in example.extra else example.problem
-    return str(example.extra.get("id") or example.row), problem, example.solution
+    problem, name = example.problem, example.extra.get("id")
+    problem = of_image(problem, SCENE) if example.extra.get("description") else problem
+    return str(example.row if name in (None, "") else name), problem, example.solution
 
 
 def pictures(example: Example, name: str, out: Path) -> dict:
@@ -174,11 +176,13 @@ def bring(row: dict, data: str, out: str) -> None:
     picture of that name."""
     base, here = Path(data).parent.resolve(), Path(out).parent.resolve()
     for name in names_of(row) if base != here else ():
-        if (base / name).is_file():
+        if not isinstance(name, str) or (base / name).is_file():
             source, target = find_image(name, base), here / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists():
-                shutil.copyfile(source, target)
+                part = target.with_name(target.name + ".tmp")  # whole or not at all
+                shutil.copyfile(source, part)
+                part.replace(target)
             elif not filecmp.cmp(source, target, shallow=False):
                 raise ValueError(f"{target}: another picture of that name is there; give another "
                                  "--out")

@@ -253,15 +253,21 @@ def judged(row: dict) -> tuple[str | None, str | None]:
     return (None if whole else "tags in the thought"), stated
 
 
-SEEN = "(?:scene|image|picture)"
-SCENE = re.compile(rf"\b(a )?(?:{SEEN}['’]?s? descriptions?|described {SEEN}|descriptions? of the "
-                   rf"{SEEN}|(?<=\bthe )(?:given |provided )?description(?! of))\b",
-                   re.IGNORECASE)  # fmt: skip
+def described(seen: str, more: str = "") -> re.Pattern:
+    """What is said of a description of what is seen, and more."""
+    return re.compile(rf"\b(a )?(?:{seen}['’]?s? descriptions?|described {seen}|descriptions? of "
+                      rf"the {seen}{more})\b", re.IGNORECASE)  # fmt: skip
 
 
-def of_image(text: str) -> str:
+SCENE = described("scene")
+READ = described("(?:scene|image|picture)",
+                 r"|(?<=\bthe )(?:given |provided )?description(?! of)")  # fmt: skip
+
+
+def of_image(text: str, pattern: re.Pattern = READ) -> str:
     """text with "scene description" and its like become "image", as in R1-V's set: who learns from
-    it sees the picture. More than R1-V's: "the description" alone, "description of the image"."""
+    it sees the picture. More than R1-V's: "the description" alone, "description of the image"; not
+    in questions (SCENE), which may ask about a description that is in the picture."""
     def image(match: re.Match) -> str:
         start = text[max(0, match.start() - 20) : match.start()].rstrip(" *#\"'")
         opens = match.group()[0].isupper() and (not start or start[-1] in ".!?:\n")
@@ -269,7 +275,7 @@ def of_image(text: str) -> str:
         word = f"an {word}" if match.group(1) and word == "image" else word
         return word.capitalize() if opens else word
 
-    return SCENE.sub(image, text)
+    return pattern.sub(image, text)
 
 
 def to_learn(row: dict, learn: str = "gold") -> dict:
@@ -278,9 +284,10 @@ def to_learn(row: dict, learn: str = "gold") -> dict:
     {"problem", "completion", "solution"}, whose completion is the answer letter by letter.
     ValueError where there is no thought, but for a text."""
     # Where there is a description the teacher read it; the pupil will look at the image.
-    seen = of_image if row.get("description") else str
+    read = row.get("description")
+    seen, problem = of_image if read else str, row["problem"]
     solution = f"{ANSWER[0]} {gold_answer(row['solution'])} {ANSWER[1]}"
-    told = {"problem": seen(row["problem"]), "solution": solution}
+    told = {"problem": of_image(problem, SCENE) if read else problem, "solution": solution}
     if learn == "text":
         return {**told, "completion": seen(row["text"].strip())}
     if not (split := split_thought(row["text"])):

@@ -185,13 +185,39 @@ def test_a_question_without_an_answer_is_told_and_the_others_go_on():
     refusing = {key: refusing[key] for key in ("A first", *refusing)}
     with Teachers(refusing, {"The image, in words": thinks}) as teachers:
         told = refused(["bridge", *teachers.words])
-        assert "1 of 9 questions got no answer; the same command asks them again" in told
+        assert "1 of 8 questions got no answer; the same command asks them again" in told
         assert "q1 (description 0): " in told
         assert [row["id"] for row in read("d/answers.jsonl")] == ["q0", "q2"]
     with Teachers(EYE, {"The image, in words": thinks}) as teachers:
         main(["bridge", *teachers.words])
         assert [who for who, *_ in teachers.asked] == ["eye", "reasoner"]
     assert [row["id"] for row in read("d/answers.jsonl")] == ["q0", "q1", "q2"]
+
+
+def test_from_an_empty_description_nobody_reasons():
+    """The eye's thoughts took all of its tokens, say: what is right all the same was a guess."""
+    questions(2)
+    thought = {"reasoning_content": "hm", "content": " ", "finish": "length"}
+    eye = dict(EYE, **{"A first attempt": lambda i: thought if i == 0 else "1 cube"})
+    with Teachers(eye, {"The image, in words": thinks}) as teachers:
+        for _ in range(2):
+            counts = main(["bridge", *teachers.words])
+            assert counts == {None: 1, "empty description": 1}
+        assert len(teachers.asked) == 2 + 2 + 1 and "How many, 1?" in teachers.of("reasoner")[0]
+    (row,) = read("d/answers_rejected.jsonl")
+    assert (row["id"], row["reason"]) == ("q0", "empty description")
+
+
+def test_columns_of_other_meanings_are_no_answers():
+    """"sample" that is no number, "text" that is none; an id may be 0."""
+    rows = [{**row, "id": i, "sample": ["x"], "text": i} for i, row in enumerate(questions(2))]
+    write("d/questions.jsonl", rows)
+    with Teachers(EYE, {"The image, in words": thinks}) as teachers:
+        main(["bridge", *teachers.words])
+        assert [(row["id"], row["sample"]) for row in read("d/answers.jsonl")] == [
+            ("0", 0), ("1", 0)]  # fmt: skip
+        counts = main(["judge", "--teacher", teachers.words[1], "--data", "d/questions.jsonl"])
+        assert counts == {"no answer to judge": 2} and len(teachers.asked) == 6
 
 
 def test_a_server_that_refuses_the_key_stops_at_once():
@@ -215,6 +241,18 @@ def test_answers_of_others_and_to_other_prompts_are_refused(monkeypatch):
         told = refused(["bridge", *teachers.words])
         assert "answers_description.jsonl holds an answer for q0 to another prompt" in told
         assert len(teachers.asked) == asked
+
+
+def test_other_words_are_refused_before_anything_is_asked():
+    """One answer is missing; under another opening it would be mixed with those that are there."""
+    questions(2)
+    some = {"The image, in words": lambda i: Reply(400) if i == 1 else thinks(i)}
+    with Teachers(EYE, some) as teachers:
+        assert "1 of 6 questions" in refused(["bridge", *teachers.words])
+        asked, kept = len(teachers.asked), Path("d/answers_text.jsonl").read_bytes()
+        told = refused(["bridge", *teachers.words, "--opening", "<think>"])
+        assert "answers_text.jsonl holds an answer for q0 to another prompt" in told
+        assert len(teachers.asked) == asked and Path("d/answers_text.jsonl").read_bytes() == kept
 
 
 def test_a_text_in_a_place_opens_no_other_place():
@@ -368,17 +406,19 @@ def anew(question: str, thought: str, answer: str) -> str:
 
 
 def test_questions_are_written_anew_or_dropped(checkpoint):
-    """open-r1-multimodal's reasons: empty tags, "Answer:" in the problem, no or a tiny picture."""
-    rows = questions(5)
+    """open-r1-multimodal's reasons: empty tags, "Answer:" in the problem, no or a tiny picture. A
+    tag that is never opened is an empty one."""
+    rows = questions(6)
     Image.fromarray(picture(0, 56, 27)).save("d/small.png")
     rows[3]["image"] = "small.png"
     del rows[4]["image"]
     write("d/questions.jsonl", rows)
     replies = {0: anew("How many cubes?", "I count.", "7"), 1: anew("How many?", " ", "1"),
-               2: anew("How many? Answer: 2", "I count.", "2")}  # fmt: skip
+               2: anew("How many? Answer: 2", "I count.", "2"),
+               5: anew("How many?", "I count.", "2").replace("<question>", "")}
     with Teachers({"Write the question anew": replies.get}, {}) as teachers:
         main(["rewrite", "--teacher", teachers.words[1]])
-    assert len(teachers.asked) == 3 and all(shown for _, _, shown, _ in teachers.asked)
+    assert len(teachers.asked) == 4 and all(shown for _, _, shown, _ in teachers.asked)
     assert all(body["temperature"] == 0.2 for *_, body in teachers.asked)
     (row,) = read("d/answers.jsonl")
     assert row == {"id": "q0", "sample": 0, "problem": "How many cubes?", "solution": "7",
@@ -387,7 +427,8 @@ def test_questions_are_written_anew_or_dropped(checkpoint):
                    "original_answer": "0"}  # fmt: skip
     why = [(row["id"], row["reason"]) for row in read("d/answers_rejected.jsonl")]
     assert why == [("q1", "empty tags"), ("q2", "Answer: in the question"),
-                   ("q3", "below 28 pixels"), ("q4", "no picture")]  # fmt: skip
+                   ("q3", "below 28 pixels"), ("q4", "no picture"),
+                   ("q5", "empty tags")]  # fmt: skip
     pack_and_learn(checkpoint)
     assert read("d/sft/rows.jsonl")[0]["thinking"] == "<think>I count.</think>"
 
@@ -400,7 +441,7 @@ def test_answers_are_judged_and_the_best_are_kept(checkpoint):
     rows = [{**row, "sample": k, "text": f"<think>{k}</think><answer>{row['solution']}</answer>"}
             for row in questions(3) for k in range(2)]  # fmt: skip
     write("d/verified.jsonl", [*rows, {**rows[0], "id": "silent", "text": ""}])
-    points = iter(["Score: 86", "Score: 20/100. No, I was wrong: **Score:** 100",
+    points = iter(["Score (0-100): 86", "Score: 20/100. No, I was wrong: **Score:** 100",
                    "Score: 85", "fine", "Score: 101", "score = 99.5"])  # fmt: skip
     with Teachers({"Judge it from 0 to 100": lambda i: next(points)}, {}) as teachers:
         words = ["--teacher", teachers.words[1], "--concurrency", "1"]

@@ -427,6 +427,9 @@ def test_rewards_can_say_what_holds(capsys):
     assert [row["sample"] for row in read("d/verified.jsonl")] == [0, 2]
     assert counts["a solution that the rewards cannot read"] == 1
     assert "reward rigth" in refused(["verify", "--rewards", "rigth"])
+    with pytest.raises(SystemExit):
+        main(["verify", "--least", "0.5"])
+    assert "least 0.5: is of --rewards, and none is given" in capsys.readouterr().err
 
 
 def test_a_sampled_row_says_how_its_boxes_are_to_be_read(checkpoint):
@@ -437,6 +440,11 @@ def test_a_sampled_row_says_how_its_boxes_are_to_be_read(checkpoint):
     (row,) = read("x/a.jsonl")
     assert row["view"] == ["0-1000", "pixels", [[56, 112, 56, 112]]]
     assert (row["task"], row["solution"]) == ("detection", "[1, 2, 30, 40]")
+
+
+def test_a_world_of_texts_has_no_scene_to_describe():
+    told = refused(["describe", "--world", "world:A:n=2:ask=read"])
+    assert "world:A:n=2:ask=read: " in told and "has no picture to describe" in told
 
 
 def test_pictures_follow_the_answers_from_folder_to_folder(checkpoint):

@@ -118,6 +118,12 @@ def test_what_is_no_question_is_refused(text):
         letters(text, 0)
 
 
+def test_a_page_that_could_not_be_opened_is_refused():
+    """3,999 lines on 448 pixels: 200 times as high as wide and more."""
+    with pytest.raises(ValueError, match=r"the page has 448 x .* an aspect ratio above 200"):
+        letters("a\n" * 3999, 0)
+
+
 def test_the_rows_own_picture_stands_whole_below():
     own = np.full((40, 500, 3), (200, 30, 30), np.uint8)
     page = np.asarray(letters("How many?", 0, width=300, below=own))

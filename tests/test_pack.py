@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -225,3 +226,30 @@ def test_pictures_follow_rows_into_another_folder(verified):
     bring(row, str(verified), str(here / "out.jsonl"))  # the same folder: nothing to do
     with pytest.raises(ValueError, match="must be a path below"):
         bring({"image": str(files[0])}, str(verified), str(there / "x" / "out.jsonl"))
+    with pytest.raises(ValueError, match="a path is expected"):
+        bring({"image": {"path": "0.png"}}, str(verified), str(there / "out.jsonl"))
+
+
+def test_a_copy_that_is_cut_off_is_none(verified, monkeypatch):
+    """A step that is killed while it copies can be started again."""
+    def half(source, target):
+        Path(target).write_bytes(Path(source).read_bytes()[:9])
+        raise KeyboardInterrupt
+
+    row, out = {"image": "images/q/0.png"}, str(verified.parent.parent / "e" / "out.jsonl")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.copyfile", half)
+        bring(row, str(verified), out)
+    bring(row, str(verified), out)
+    copy = verified.parent.parent / "e" / row["image"]
+    assert copy.read_bytes() == (verified.parent / row["image"]).read_bytes()
+
+
+def test_a_picture_that_is_named_by_its_whole_path_lies_in_the_set_like_others(verified):
+    here = verified.parent
+    rows = [{"problem": "?", "solution": "1", "text": "<think>a</think>1",
+             "image": f"{head}{here}/images/q/0.png"} for head in ("", "file://")]  # fmt: skip
+    verified.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert write_set(verified, here, here / "sft") == 2
+    assert [row.images for row in load_examples(str(here / "sft" / "rows.jsonl"))] == [
+        (str(here / "sft" / "images" / "q" / "0.png"),)] * 2  # fmt: skip

@@ -238,6 +238,14 @@ def test_a_row_to_learn_is_of_the_hubs_form():
                               "thinking": "<think>The scene description has 5.</think>"}
 
 
+def test_a_question_may_ask_about_a_description():
+    """Only "the described scene" of CLEVR's rows is put in other words, not what a picture has."""
+    row = {"problem": "Which bird in the image fits the description?", "solution": "2",
+           "text": "<think>The description has two.</think>2", "description": "Two birds."}
+    assert to_learn(row) == {"problem": row["problem"], "solution": "<answer> 2 </answer>",
+                             "thinking": "<think>The image has two.</think>"}  # fmt: skip
+
+
 def test_a_row_that_was_not_verified_is_refused():
     with pytest.raises(ValueError, match="has no thought; is it verified"):
         to_learn({"id": "a", "problem": "", "solution": "5", "text": "5"})
