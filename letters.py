@@ -31,7 +31,8 @@ FAMILIES = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "LiberationSans", "Li
             "LiberationMono", "NotoSans", "NotoSerif", "FreeSans", "FreeSerif", "Arial", "Georgia",
             "Verdana", "Times New Roman", "Helvetica", "NotoSansCJK", "NotoSerifCJK", "wqy-zenhei",
             "wqy-microhei", "PingFang", "simsun", "msyh")  # fmt: skip
-SIZES = (18, 28)  # pixels of a line's letters
+SIZES = (18, 28)  # pixels of a line's letters, on a page of WIDE pixels across at most
+WIDE = 1000  # beyond it they grow with the page, which a model is to see smaller
 INKS = ((0, 0, 0), (25, 25, 60), (60, 25, 25), (30, 50, 30))
 PAPERS = ((255, 255, 255), (250, 246, 235), (235, 240, 250), (240, 240, 240))
 LONGEST = 8000  # characters; more is no question
@@ -110,12 +111,12 @@ def letters(text: str, seed: int, width: int = 448, below: np.ndarray | None = N
     text = unicodedata.normalize("NFC", text).expandtabs(4).strip()
     if not text or len(text) > LONGEST:
         raise ValueError(f"{len(text)} characters: a question has 1 to {LONGEST:,}")
-    rng = random.Random(seed)
-    face = font(rng.choice(able(text)), rng.randint(*SIZES))
-    ink, paper = rng.choice(INKS), rng.choice(PAPERS)
-    margin = rng.randint(10, 28)
     picture = None if below is None else Image.fromarray(below)
     width = max(width, picture.width if picture else 0)
+    rng = random.Random(seed)
+    face = font(rng.choice(able(text)), round(rng.randint(*SIZES) * max(1, width / WIDE)))
+    ink, paper = rng.choice(INKS), rng.choice(PAPERS)
+    margin = rng.randint(10, 28)
     lines = wrap(text, face, width - 2 * margin)
     up, down = face.getmetrics()
     step = round((up + down) * rng.uniform(1.0, 1.35))

@@ -34,7 +34,8 @@ from rollout import Rollout
 from rollout import sample as sample_completions
 from template import Template
 
-PASSED = ("PNG", "JPEG", "WEBP")  # a file of these goes to a server as it is
+PASSED = ("PNG", "JPEG", "WEBP")  # a file of these, in these modes, goes to a server as it is
+MODES = ("RGB", "L", "P", "1")  # of others servers differ in what they see: see images.py
 TURNED = 0x0112  # EXIF's orientation
 CONTINUE = {"add_generation_prompt": False, "continue_final_message": True}
 
@@ -144,13 +145,14 @@ def messages_of(question: Question) -> list[dict]:
 
 
 def data_url(source) -> str:
-    """A picture as text: the bytes of an upright PNG, JPEG or WEBP file, of all else a PNG as
-    open_image shows it."""
+    """A picture as text: the bytes of a PNG, JPEG or WEBP file that is upright, opaque and of 8
+    bits, of all else a PNG as open_image shows it."""
     if isinstance(source, str | Path | bytes):
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            plain = image.mode in MODES and "transparency" not in image.info
             upright = image.getexif().get(TURNED, 1) == 1
-            if image.format in PASSED and upright:
+            if image.format in PASSED and plain and upright:
                 return encoded(content, image.format)
     buffer = io.BytesIO()
     Image.fromarray(open_image(source)).save(buffer, "PNG")

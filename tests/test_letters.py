@@ -67,6 +67,13 @@ def test_letters_stay_inside_and_can_be_read():
         assert lines.max() >= 0.7 * SIZES[0]
 
 
+def test_letters_grow_with_a_wide_page():
+    """A model sees a page of 3,000 pixels across on a third of them, say."""
+    heights = [letters("How many?", 5, width).height for width in (500, 1000, 3000)]
+    rows = [ink(letters("How many?", 5, width)).any(1).sum() for width in (1000, 3000)]
+    assert heights[0] == heights[1] < heights[2] and rows[1] == pytest.approx(3 * rows[0], abs=3)
+
+
 def contrast(a, b) -> float:
     """WCAG 2: of relative luminances."""
     def light(color):

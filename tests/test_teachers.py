@@ -85,20 +85,28 @@ def test_pictures_go_to_a_server_as_they_are_before_the_text(tmp_path):
 
 
 def test_a_file_is_sent_as_it_lies_there_unless_a_server_may_misread_it(tmp_path):
-    """A JPEG stays one; what lies on its side, or is a BMP, becomes an upright PNG."""
+    """A JPEG stays one; what lies on its side, is a BMP, can be seen through (a server may show
+    black) or has 16 bits, becomes an upright PNG of 8."""
     image, turned = Image.fromarray(picture(0, 30, 40)), Image.Exif()
     turned[0x0112] = 6
     image.save(tmp_path / "a.jpg")
     image.save(tmp_path / "b.jpg", exif=turned)
     image.save(tmp_path / "c.bmp")
+    drawn = Image.new("RGBA", (40, 30))
+    drawn.paste((255, 0, 0, 255), (5, 5, 20, 20))
+    drawn.save(tmp_path / "d.png")
+    drawn.convert("P").save(tmp_path / "e.png", transparency=0)
+    Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50).save(tmp_path / "f.png")
     kept = data_url(tmp_path / "a.jpg")
     assert kept.startswith("data:image/jpeg;base64,")
     assert base64.b64decode(kept.partition(",")[2]) == (tmp_path / "a.jpg").read_bytes()
     assert data_url((tmp_path / "a.jpg").read_bytes()) == kept
-    for name in ("b.jpg", "c.bmp"):
+    for name in ("b.jpg", "c.bmp", "d.png", "e.png", "f.png"):
         url = data_url(str(tmp_path / name))
         assert url.startswith("data:image/png;base64,")
         assert np.array_equal(shown(url), open_image(str(tmp_path / name)))
+        with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as sent:
+            assert sent.mode == "RGB"
     assert shown(data_url(str(tmp_path / "b.jpg"))).shape == (40, 30, 3)
 
 
