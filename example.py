@@ -72,7 +72,8 @@ def to_example(fields: dict, base: Path, row: str = "") -> Example:
     """The example of a row's columns; image paths start from the folder `base`, which is resolved.
     ValueError for what is missing, empty, ambiguous, or no file."""
     chat = chat_of(fields.get("message"))  # a "question" beside it is a part of it
-    asked = chat or pick(fields, ASKED[:-1])
+    named = {**fields, "message": chat, "question": None if chat else fields.get("question")}
+    asked = pick(named, ASKED)
     gold, cell = (pick(fields, names) for names in (GOLD, IMAGES))
     used = {*ASKED[:-1], *GOLD, *IMAGES, "completion", *(["message"] if chat else ())}
     if cell is None and fields.get("file_name") is not None:
@@ -125,9 +126,9 @@ def pick(fields: dict, names: tuple[str, ...]):
 def chat_of(message) -> list | None:
     """The messages of a column "message": a list, as JSON text or not; None for anything else."""
     if not isinstance(message, str) or not message.lstrip().startswith("["):
-        return message if isinstance(message, list) else None
+        return (message or None) if isinstance(message, list) else None
     try:
-        return json.loads(message)
+        return json.loads(message) or None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"message {message!r:.80}: no JSON ({error})") from error
 

@@ -188,11 +188,12 @@ class Joined:
 
 class PerRow:
     """The reward that a row's column names: one of those given for its values, a name as in the
-    config, no file, or VLM-R1's. Where a row has no such column it is the one given for `default`,
-    or `fuzzy`, VLM-R1's."""
+    config, no file, or VLM-R1's. Where a row has no such column it is the one given for `default`;
+    or `fuzzy`, VLM-R1's, where none is given for any value."""
 
     def __init__(self, column, given=()):
         self.column, self.known, self.found = column, dict(given), False    # found: some row has it
+        self.all_named = bool(given) and "default" not in given
 
     def __call__(self, text, example, length=None):
         return self.all([text], [example], [length])[0]
@@ -201,6 +202,8 @@ class PerRow:
         """The reward of a row. ValueError names column and value."""
         name = (getattr(example, "extra", None) or {}).get(self.column)
         self.found |= name is not None
+        if name is None and self.all_named:
+            raise ValueError(f"it has no column {self.column}, and per_row no default=")
         name = "default" if name is None else str(name)
         if name not in self.known:
             try:

@@ -67,7 +67,7 @@ def load_examples(
         raise ValueError(f"bad_rows {bad_rows!r}: must be refuse or skip")
     source = str(source)
     # os.path.exists, here and below: Path.exists raises where a name is longer than one may be.
-    sources = [source] if os.path.exists(source) else re.split(r"\s\+(?:\s|$)", source)
+    sources = apart(source)
     if len(sources) > 1 or with_columns(source)[1]:
         return load_joined(sources, images, part, limit, bad_rows)
     if source.startswith("world:"):
@@ -90,6 +90,16 @@ def load_examples(
     if bad:
         tell(f"{told}\n  and left out")
     return Rows(parts, base, np.delete(rows.at, list(bad)))
+
+
+def apart(source: str) -> list[str]:
+    """The sources that are joined."""
+    return [source] if os.path.exists(source) else re.split(r"\s\+(?:\s|$)", source)
+
+
+def on_hub(place: str) -> bool:
+    """Whether it may be the id of a data set of the hub."""
+    return is_hub_id(place) and Path(place).suffix not in (*SUFFIXES, ".json")
 
 
 def load_joined(sources, images, part, limit, bad_rows) -> "Joined":
@@ -130,15 +140,16 @@ def only_kept(rows: Sequence, source: str, path: str, limit: int | None) -> Sequ
     ValueError if it holds none, or if a row is not what it was then."""
     try:
         lines = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
-        kept = {line["row"]: line["problem"] for line in lines} or {"none": ""}
+        kept = {line["row"]: (line["problem"], line["solution"]) for line in lines}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{source} only={path}: not a file of kept rows: {error!r}") from error
     named = rows.name if isinstance(rows, Rows) else lambda i: rows[i].row
     at = [i for i in range(len(rows)) if named(i) in kept]
     if not at:
-        raise ValueError(f"{source} only={path}: holds no row of this source, but {min(kept)}")
+        raise ValueError(f"{source} only={path}: holds no row of this source, but "
+                         f"{min(kept, default='none')}")
     for i in at:
-        if rows[i].problem != kept[named(i)]:
+        if ((found := rows[i]).problem, found.solution) != kept[named(i)]:
             raise ValueError(f"{source} only={path}: {named(i)} asks something else than the row "
                              "that was kept; the source has changed, or it is another")
     at = at[:limit]
@@ -235,7 +246,7 @@ def find_files(source: str, part: str) -> list[Path]:
         return [Path(place)]
     if os.path.isdir(place):
         folder = Path(place)
-    elif is_hub_id(place) and Path(place).suffix not in (*SUFFIXES, ".json"):
+    elif on_hub(place):
         folder = snapshot(place, "dataset", PATTERNS)
     else:
         found = "" if os.path.exists(place) else "no such file or folder; "

@@ -8,7 +8,8 @@ a group whose rewards are all equal has no gradient. Kept are rows whose mean re
 with the weights of the rewards, lies between `above` and `below`, both excluded.
 
     runs/sieve/
-      scored.jsonl    a line per row, as they come: {"row", "problem", "rewards", "mean"}
+      scored.jsonl    a line per row, as they come: {"row", "problem", "solution", "rewards",
+                      "mean"}
       kept.jsonl      those of them that are kept; rows.py reads it behind only=
       summary.json    how many, and a histogram of the means
 
@@ -97,6 +98,7 @@ def score_rows(model, ahead: Ahead, rewards, numbers, later, cfg: Config) -> lis
         there = [value for value in values if not math.isnan(value)]
         lines.append({
             "row": prompt.example.row, "problem": prompt.example.problem,
+            "solution": prompt.example.solution,
             "rewards": [None if math.isnan(value) else value for value in values],
             "mean": sum(there) / len(there) if there else None,
         })  # fmt: skip
@@ -114,12 +116,12 @@ def scored(path: Path, about: dict, rows) -> list[dict]:
         return []
     try:
         there, *lines = map(json.loads, whole)
-        said = [(line["row"], line["problem"], line["mean"]) for line in lines]
+        said = [[line[key] for key in ("row", "problem", "solution", "mean")] for line in lines]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: is damaged ({error!r}); remove it to start anew") from error
     other = [key for key in about if there.get(key) != about[key]]
-    if not other and any(rows[i].row != row or rows[i].problem != problem
-                         for i, (row, problem, _) in enumerate(said[: len(rows)])):
+    if not other and any([rows[i].row, rows[i].problem, rows[i].solution] != asked
+                         for i, (*asked, _) in enumerate(said[: len(rows)])):
         other = ["data"]
     if other:
         raise ValueError(f"{path}: holds answers of another sieve, with another "

@@ -130,11 +130,16 @@ def read(argv: list[str]) -> Recipe:
     path, told = argv[0], load_toml(argv[0])
     single = "stage" not in told
     tables = [{key: told.pop(key) for key in OWN if key in told}] if single else told.pop("stage")
-    if not tables or not all(isinstance(table, dict) for table in tables):
+    if not tables or not isinstance(tables, list) or {*map(type, tables)} != {dict}:
         raise ValueError(f"{path}: stage: a stage is a table under [[stage]]")
+    if single and tables[0].get("method") == "distill":
+        raise ValueError(f"{path}: method = \"distill\": a step by itself is run by python "
+                         "distill.py STEP; here it stands under [[stage]]")
     heads = heads_of(path, [{"method": "grpo", **tables[0]}] if single else tables)
     configs = {head["name"]: config_of(path, head) for head in heads}
     for key in told:
+        if "." in key:
+            raise ValueError(f"{path}: {cut(key)}: a key of one stage stands under its [[stage]]")
         known(configs, key, f"{path}: ")
     _, words = split_words(argv, lambda key: known(configs, key, "command line: --"))
     whole = {k: told_value(Whole, k, told[k], f"{path}: ") for k in keys(Whole) & told.keys()}
@@ -193,7 +198,7 @@ def config_of(path: str, head: dict) -> type:
         if step is not None:
             raise ValueError(f"{place}is a key of distill")
         return CONFIGS[head["method"]]
-    if step not in distill.STEPS:
+    if not isinstance(step, str) or step not in distill.STEPS:
         raise ValueError(f"{place}no step of distillation{nearest(str(step), distill.STEPS)}; they "
                          f"are {', '.join(distill.STEPS)}")
     return distill.STEPS[step][0]
@@ -225,7 +230,7 @@ def values_of(path, name, configs, own: dict, told: dict, words: dict, model: st
     shared = {key: x for key, x in told.items() if key in keys(Config) and key not in WHOLE}
     values = {key: told_value(Config, key, x, f"{path}: (stage {name}) ")
               for key, x in shared.items()}  # fmt: skip
-    if key := start_of(Config):
+    if (key := start_of(Config)) and (key == "model" or key not in values):
         values[key] = model
     for key, x in own.items():
         if key in WHOLE:

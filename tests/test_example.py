@@ -330,6 +330,11 @@ def test_a_message_that_is_no_chat_is_another_column():
     assert read(GOOD | {"message": "was checked"}).extra == {"message": "was checked"}
     assert refused({"message": '[{"role": "user"', "answer": "3"}).startswith("message '[{")
     assert "no JSON" in refused({"message": "[" * 10**6, "answer": "3"})
+    chat = json.dumps([{"role": "user", "content": "How many?"}])
+    for name in ("problem", "prompt", "messages"):
+        told = refused({"message": chat, name: "How high?", "answer": "3"})
+        assert told == f"has {name} and message, which mean the same"
+    assert read(GOOD | {"message": "[]"}).extra == {"message": "[]"}
     told = refused({"message": "[3]", "answer": "3"})
     assert told == "a message 3: expected a role and a content"
 

@@ -211,6 +211,9 @@ def test_the_config_may_say_the_reward_of_a_columns_value():
         fitting(loaded, rows)
     with pytest.raises(ValueError, match=r"reward jacard: unknown; did you mean jaccard"):
         load_rewards(("per_row(task, classify=jacard)",))
+    other = load_rewards(("per_row(task, classify=jaccard)",))
+    with pytest.raises(ValueError, match="it has no column task, and per_row no default="):
+        fitting(other, rows[3:])
 
 
 @pytest.mark.parametrize("method, message", [

@@ -160,7 +160,7 @@ def test_what_is_wrong_with_one_of_several_sources_is_told(tmp_path):
 
 
 def kept(folder, **rows) -> str:
-    lines = [{"row": f"{name.replace('_', '.jsonl:')}", "problem": asks, "mean": 0.5}
+    lines = [{"row": name.replace("_", ".jsonl:"), "problem": asks, "solution": GOOD["solution"]}
              for name, asks in rows.items()]  # fmt: skip
     return write(folder, *lines, name="kept/kept.jsonl")
 
@@ -175,7 +175,8 @@ def test_of_a_source_only_the_rows_that_a_sieve_kept_are_taken_in_their_order(tm
     assert [e.frame for e in both] == [None, None, "resized"] and both[1].problem == "3?"
     assert [e.row for e in load_examples(f"{one} {only}", limit=1)] == ["one.jsonl:2"]
     second = load_examples("world:A:n=2")[1]
-    drawn = write(tmp_path, {"row": second.row, "problem": second.problem})
+    said = {"row": second.row, "problem": second.problem, "solution": second.solution}
+    drawn = write(tmp_path, said)
     assert [e.row for e in load_examples(f"world:A:n=3 only={drawn}")] == ["world:A#1"]
 
 
@@ -185,6 +186,10 @@ def test_kept_rows_of_another_source_are_refused(tmp_path):
                         ({"train_1": "How many cubes?"}, "train.jsonl:1 asks something else"),
                         ):  # fmt: skip
         assert told in refused(f"{source} only={kept(tmp_path, **lines)}")
+    only = f"only={kept(tmp_path, train_1='How many?')}"
+    assert len(load_examples(f"{source} {only}")) == 1
+    write(tmp_path, GOOD | {"solution": "7"})  # many sets ask the same of every picture
+    assert "train.jsonl:1 asks something else" in refused(f"{source} {only}")
     assert "not a file of kept rows" in refused(f"{source} only={source}")
     assert "not a file of kept rows" in refused(f"{source} only=gone.jsonl")
 

@@ -77,6 +77,14 @@ def test_a_stage_starts_from_what_the_training_stage_before_it_left(recipe):
     assert values(named, "model") == ["own", "{cold}"]
 
 
+def test_a_teacher_above_is_that_of_all_stages_else_the_model_is(recipe):
+    text = 'model = "start"\n[[stage]]\nmethod = "distill"\nstep = "bridge"\n'
+    assert recipe(text).stages[0].cfg.teacher == "start"
+    text = 'teacher = "R1@http://host/v1"\n' + text
+    assert recipe(text).stages[0].cfg.teacher == "R1@http://host/v1"
+    assert recipe(text, "--teacher", "{model}").stages[0].cfg.teacher == "start"
+
+
 def test_a_server_is_no_model_of_ours(recipe):
     found = recipe('model = "start"\n[[stage]]\nmethod = "distill"\nstep = "query"\n')
     assert found.stages[0].cfg.teacher == "deepseek-reasoner"
@@ -137,6 +145,10 @@ def test_a_recipe_without_stages_is_one_run(recipe):
     single = recipe('method = "sft"\nmask = "all"', "--lr", "1")
     assert single.whole.out == sft.Config().out
     assert single.stages[0].cfg == sft.Config(mask="all", lr=1.0)
+    with pytest.raises(ValueError, match="a step by itself is run by python"):
+        recipe('method = "distill"\nstep = "pack"')
+    with pytest.raises(ValueError, match=r"a stage is a table under \[\[stage\]\]"):
+        recipe("stage = 3")
 
 
 def test_what_is_printed_has_every_key_that_is_named_or_not_the_default(recipe):
@@ -168,6 +180,7 @@ def test_what_is_printed_has_every_key_that_is_named_or_not_the_default(recipe):
     ("lr = 2e-5", "lr = -1", "two.toml: stage cold: lr = -1: must be above 0"),
     ("lr = 2e-5", "group = 4", "two.toml: stage cold: group: unknown key"),
     ("lr = 2e-5", 'out = "x"', "stage cold: out: is a key of the whole"),
+    ("seed = 3", '"cold.lr" = 1.0', "two.toml: cold.lr: a key of one stage stands under its"),
     ("lr = 2e-5", 'step = "pack"', "stage cold: step = \"pack\": is a key of distill"),
     ("lr = 2e-5", 'choose = "newest"', "stage 1: choose = \"newest\": must be last or best"),
     ('"cold"', '"Cold"', "stage 1: name = \"Cold\": must be of a-z"),
@@ -177,6 +190,7 @@ def test_what_is_printed_has_every_key_that_is_named_or_not_the_default(recipe):
     ('method = "grpo"', 'name = "cold"\nmethod = "grpo"', "stage 2: name = \"cold\": .* no other"),
     ('method = "grpo"', 'method = "distill"', "stage distill: step = none: no step of distill"),
     ('method = "grpo"', 'method = "distill"\nstep = "pak"', "did you mean pack"),
+    ('method = "grpo"', 'method = "distill"\nstep = ["pack"]', r".pack.\]: no step of distill"),
     ("b.jsonl", "{cald}", "stage grpo: data = .*: {cald} is no stage before .* did you mean cold"),
     ("a.jsonl", "{grpo}", "stage cold: data = .*: {grpo} is no stage before this one"),
     ("seed = 3", 'evals = ["x"]', "stage .*: evals: 'x' is not NAME=SOURCE"),
