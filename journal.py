@@ -43,28 +43,48 @@ def steps_of(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: str) -> str:
-    """`folder` if it is a checkpoint, else the newest step_… of the run that it is, else that of
-    the newest run in it; where there is no such folder, the hub's checkpoint of that id, downloaded
-    if need be. ValueError if there is none."""
-
-    def whole(p):
-        return all((p / name).is_file() for name in ("config.json", "tokenizer.json"))
-
+    """`folder` if it is a checkpoint, else that which the run that it is has left, or the last
+    stage of the recipe that it is, or the newest run in it: see left. Where there is no such
+    folder, the hub's checkpoint of that id, downloaded if need be. ValueError if there is none."""
     if whole(Path(folder)):
         return folder
     if is_hub_id(folder):
         return str(checkpoint_folder(folder))
-    steps = [p for p in steps_of(folder) if whole(p)]
-    runs = [p for pattern in ("*", "*/*") for run in Path(folder).glob(pattern)
-            for p in steps_of(run) if whole(p)]  # of a stage, too
-    if not steps and runs:
-        newest = max(runs, key=lambda p: p.stat().st_mtime).parent
-        steps = [p for p in steps_of(newest) if whole(p)]
-    if not steps:
+    runs = [Path(folder), *(Path(folder) / name for name in reversed(stages_of(Path(folder))))]
+    found = next(filter(None, map(left, runs)), None)
+    if not found:
+        steps = [p for pattern in ("*", "*/*") for run in Path(folder).glob(pattern)
+                 for p in steps_of(run) if whole(p)]  # of a stage, too
+        found = left(max(steps, key=lambda p: p.stat().st_mtime).parent) if steps else None
+    if not found:
         raise ValueError(f"model {folder}: neither a checkpoint folder (config.json and "
                          "tokenizer.json), nor a run that has one (step_…), nor a folder of runs, "
                          "nor the id of one on the hub (owner/name)")
-    return str(steps[-1])
+    return str(found)
+
+
+def whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("config.json", "tokenizer.json"))
+
+
+def stages_of(out: Path) -> dict[str, str]:
+    """{folder: what it chooses, last or best} of the stages of a recipe that run.py runs in `out`,
+    in their order; {} if it runs none there."""
+    try:
+        told = json.loads((out / "recipe.json").read_bytes())
+        return {stage["folder"]: stage["choose"] for stage in told["stages"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def left(run: Path) -> Path | None:
+    """The checkpoint that a run has left: its newest; of a stage that has ended and chooses the
+    best, that one. None if there is none yet."""
+    steps = [p for p in steps_of(run) if whole(p)]
+    if stages_of(run.parent).get(run.name) == "best" and (run / "summary.json").is_file():
+        best = json.loads((run / "summary.json").read_bytes()).get("best", {}).get("step")
+        steps = [p for p in steps if int(p.name[5:]) == best] or steps
+    return steps[-1] if steps else None
 
 
 @contextmanager

@@ -103,6 +103,27 @@ def test_of_a_folder_of_runs_the_newest_run_counts_at_its_last_step(tmp_path):
     assert newest_checkpoint(str(tmp_path)) == own
 
 
+def test_of_a_recipe_of_stages_the_last_one_that_trained_counts_at_what_it_chose(tmp_path):
+    """Neither the newest of all, nor of a stage that chooses the best its newest."""
+    out = tmp_path / "run"
+    for name in ("1_cold/step_000001", "1_cold/step_000002", "2_rl/step_000003",
+                 "2_rl/step_000004"):  # fmt: skip
+        checkpoint_like(out / name)
+    stages = [{"folder": "1_cold", "choose": "best"}, {"folder": "2_rl", "choose": "best"},
+              {"folder": "3_kept", "choose": "last"}]  # fmt: skip
+    (out / "recipe.json").write_text(json.dumps({"stages": stages}))
+    os.utime(out / "1_cold" / "step_000001", (9e9, 9e9))
+    assert newest_checkpoint(str(out)) == str(out / "2_rl" / "step_000004")  # has not ended
+    for name, step in (("1_cold", 1), ("2_rl", 3)):
+        (out / name / "summary.json").write_text(json.dumps({"best": {"step": step}}))
+    assert newest_checkpoint(str(out)) == str(out / "2_rl" / "step_000003")
+    assert newest_checkpoint(str(out / "1_cold")) == str(out / "1_cold" / "step_000001")
+    assert newest_checkpoint(str(tmp_path)) == str(out / "1_cold" / "step_000001")
+    stages[1]["choose"] = "last"
+    (out / "recipe.json").write_text(json.dumps({"stages": stages}))
+    assert newest_checkpoint(str(out)) == str(out / "2_rl" / "step_000004")
+
+
 @pytest.mark.parametrize("there", [None, (), ("config.json",), ("tokenizer.json",)])
 def test_a_folder_without_a_checkpoint_is_refused_by_name(tmp_path, there):
     folder = tmp_path / "nothing here"

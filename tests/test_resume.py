@@ -467,7 +467,9 @@ def test_the_clock_starts_with_the_process(monkeypatch):
     with subprocess.Popen(["sleep", "30"]) as young:
         time.sleep(0.3)
         monkeypatch.setattr(resume.os, "getppid", lambda: young.pid)
-        assert age_of_process() == pytest.approx(old + time.monotonic() - begin, abs=0.1)
+        least = old + time.monotonic() - begin  # a busy machine may wait here
+        age, most = age_of_process(), old + time.monotonic() - begin
+        assert least - 0.1 < age < most + 0.1
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
         assert 0.2 < age_of_process() < time.monotonic() - begin + 0.1 < old
         young.kill()
