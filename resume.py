@@ -98,8 +98,7 @@ def choose_run(cfg, steps: int) -> Run:
     taken = []
     while holds_run(out := next(names)):
         taken.append(out)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    for old in taken if cfg.resume == "auto" else taken[-1:] * restarted:
+    for old in taken if cfg.resume == "auto" else taken[-1:] * restarted():
         if not (why := why_not(old, cfg, steps)):
             return go_on(old, cfg)
         print(f"{old} is left alone: {why}", file=sys.stderr)
@@ -109,6 +108,11 @@ def choose_run(cfg, steps: int) -> Run:
         print(f"{cfg.out} holds a run already; this one goes to {out}", file=sys.stderr)
     write_json(to_dict(replace(cfg, out=str(out))), out / "config.json")
     return Run(out, lock=lock)
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process anew after one that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def holds_run(out: Path) -> bool:

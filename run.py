@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 import distill
+import evaluate
 import grpo
 import parallel
 import report
@@ -178,15 +179,18 @@ def open_whole(recipe: Recipe) -> tuple:
 
 
 def choose_whole(recipe: Recipe) -> tuple:
-    """The first of OUT, OUT_2 … that goes on, else a new one behind them."""
+    """The first of OUT, OUT_2 … that goes on, else a new one behind them. Where resume is never,
+    only torchrun's restart goes on, with the last."""
     names = (Path(recipe.whole.out if n == 1 else f"{recipe.whole.out}_{n}") for n in count(1))
-    out = next(names)
-    while holds(out):
-        if recipe.whole.resume == "auto" and not (why := why_not(out, recipe)):
+    taken = []
+    while holds(out := next(names)):
+        taken.append(out)
+    for old in taken if recipe.whole.resume == "auto" else taken[-1:] * resume.restarted():
+        if not (why := why_not(old, recipe)):
+            out = old
             break
-        if recipe.whole.resume == "auto":
-            print(f"{out} is left alone: {why}", file=sys.stderr)
-        out = next(names)
+        print(f"{old} is left alone: {why}", file=sys.stderr)
+    check(recipe, out)
     if not (lock := take_lock(out)):
         raise ValueError(f"{out} is being written by {(out / 'run.lock').read_text().strip()}; "
                          "give this run another --out")
@@ -194,6 +198,22 @@ def choose_whole(recipe: Recipe) -> tuple:
         {"folder": stage.folder(out).name, "what": stage.what, "choose": stage.choose,
          "config": to_dict(stage.cfg)} for stage in recipe.stages]}, out / "recipe.json")
     return out, lock
+
+
+def check(recipe: Recipe, out: Path) -> None:
+    """What can be known before the first stage begins of those that have not ended: whether there
+    are their rewards, scorer, template, and the files and folders that they name, but for those
+    that earlier stages leave. Nothing is downloaded, no server asked. ValueError names recipe,
+    stage and key."""
+    names = {stage.name for stage in recipe.stages}
+    for stage in recipe.stages:
+        if (stage.folder(out) / "summary.json").exists():
+            continue
+        for key in evaluate.NAMING:
+            try:
+                evaluate.look(stage.cfg, key, lambda said: bool(stages.braced(said) & names))
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{recipe.path}: stage {stage.name}: {key}: {error}") from error
 
 
 def holds(out: Path) -> bool:
@@ -211,7 +231,7 @@ def why_not(out: Path, recipe: Recipe) -> str | None:
         if folder.name not in begun:
             break
         begun.remove(folder.name)
-        if why := differs(folder, cfg):
+        if why := differs(stage, folder, cfg):
             return f"its stage {folder.name}: {why}"
         if not ended(folder, cfg):
             break
@@ -219,11 +239,13 @@ def why_not(out: Path, recipe: Recipe) -> str | None:
     return f"it has a stage {min(begun)} already" if begun else None
 
 
-def differs(folder: Path, cfg) -> str | None:
+def differs(stage: Stage, folder: Path, cfg) -> str | None:
     """Why a stage that was begun in `folder` is not one of this config, or cannot be gone on with;
-    None if it can. It may ask for more steps than before."""
-    trains = isinstance(cfg, sft.Config | grpo.Config)
+    None if it can. It may ask for more steps than before, but the best is of steps that were all
+    scored."""
+    trains = stage.method in stages.TRAINS
     free = resume.FREE if trains else sieve.FREE
+    free = free - {"eval_saves"} if stage.choose == "best" else free
     why = resume.other_config(folder, cfg, free, ("steps", "epochs"))
     return why or (resume.why_not(folder, cfg, math.inf) if trains and not ended(folder, cfg)
                    else None)  # fmt: skip
@@ -234,7 +256,8 @@ def ended(folder: Path, cfg) -> bool:
     if not (folder / "summary.json").exists():
         return False
     there, now = read_json(folder / "config.json"), to_dict(cfg)
-    return all(there.get(key) == now.get(key) for key in ("steps", "epochs"))
+    keys = ("steps", "epochs") if now.get("steps") is None else ("steps",)  # epochs say nothing
+    return all(there.get(key) == now.get(key) for key in keys)
 
 
 def chosen(stage: Stage, out: Path, summary: dict) -> Path:

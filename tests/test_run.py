@@ -1,6 +1,7 @@
 """run.py, chapter two: stages run in order, go on after any end, and are one run to the reader."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -222,6 +223,28 @@ def test_a_whole_goes_on_only_as_what_it_was(whole, words, why):
     assert run.why_not(whole.out, read(whole.words, *words)) == why
 
 
+def test_the_best_is_not_chosen_of_steps_that_were_not_scored(whole, tmp_path):
+    out = copied(whole, tmp_path / "run")
+    recipe, path = read(whole.words, "--out", out), out / "3_cold" / "config.json"
+    path.write_text(path.read_text().replace('"eval_saves": true', '"eval_saves": false'))
+    assert run.why_not(out, recipe) == ("its stage 3_cold: it has another config: eval_saves false"
+                                        ", not true")  # fmt: skip
+
+
+def test_epochs_say_nothing_where_steps_are_told(whole):
+    recipe = read(whole.words, "--out", whole.out, "--cold.epochs", "3")
+    assert run.why_not(whole.out, recipe) is None
+
+
+def test_torchruns_restart_goes_on_with_what_it_began(whole, tmp_path, monkeypatch):
+    out = copied(whole, tmp_path / "run")
+    never = read(whole.words, "--out", out, "--resume", "never")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run.choose_whole(never)[0] == out
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert run.choose_whole(never)[0] == Path(f"{out}_2")
+
+
 def test_another_recipe_gets_a_folder_of_its_own(whole, tmp_path, capsys):
     out = copied(whole, tmp_path / "run")
     recipe = read(whole.words, "--out", out, "--seed", "1")
@@ -246,6 +269,34 @@ def test_a_stage_that_cannot_be_gone_on_with_is_told(whole, tmp_path):
     assert run.why_not(out, recipe) is None
     (out / "4_grpo" / "summary.json").unlink()
     assert "4_grpo: step_000003 cannot be gone on from (mod" in run.why_not(out, recipe)
+
+
+@pytest.mark.parametrize("words, told", [
+    (("--grpo.rewards", "formt"), "stage grpo: rewards: reward formt: unknown"),
+    (("--grpo.rewards", "format(thought=0)"), "stage grpo: rewards: reward format: thought=0: mus"),
+    (("--grpo.reward_weights", "1,2"), "stage grpo: rewards: reward weights: 2 for 1 rewards"),
+    (("--grpo.template", "r1"), "stage grpo: template: template 'r1': neither"),
+    (("--cold.scorer", "cuont"), "stage cold: scorer: scorer cuont: unknown"),
+    (("--grpo.data", "no.jsonl only={few}"), "stage grpo: data: no.jsonl: no such file or folder"),
+    (("--grpo.data", "world:A only=no.jsonl"), "stage grpo: data: no.jsonl: no such file"),
+    (("--grpo.data", "world:A:ask=cuont"), "stage grpo: data: world:A:ask=cuont: no question"),
+    (("--grpo.data", ""), "stage grpo: data: none given: no such file or folder"),
+    (("--cold.held_out", "world:A + no.json"), "stage cold: held_out: no.json: no such file"),
+    (("--cold.evals", "A=world:A,B=no.jsonl"), "stage cold: evals: no.jsonl: no such file"),
+    (("--grpo.images", "no"), "stage grpo: images: no: no such file or folder"),
+    (("--grpo.model", "no"), "stage grpo: model: model no: neither a checkpoint folder"),
+    (("--grpo.model", "owner/name", "--grpo.data", "owner/name:train + {seen}"), None),
+])  # fmt: skip
+def test_what_a_later_stage_cannot_begin_with_is_told_before_the_first_one(
+    whole, tmp_path, words, told
+):
+    recipe = read(whole.words, "--out", tmp_path / "run", *words)
+    if told:
+        with pytest.raises(ValueError, match=f"^{whole.words[0]}: {re.escape(told)}"):
+            run.choose_whole(recipe)
+        assert not (tmp_path / "run").exists()
+        return
+    run.check(recipe, tmp_path / "run")  # may be on the hub, or is left by an earlier stage
 
 
 # --------------------------------------------------------------------- one run, several processes
@@ -275,7 +326,7 @@ def test_two_processes_do_as_one(many, whole, tmp_path):
 
 def test_what_fails_in_the_first_process_ends_the_others(many, whole, tmp_path):
     words = [*whole.words, "--out", tmp_path / "run", "--seen.world", "world:D:n=2"]
-    status, said = many("run", *words, "--first", "seen", "--grpo.data", "x", processes=2)
+    status, said = many("run", *words, "--first", "seen", "--grpo.data", "world:A", processes=2)
     assert status == 1 and said.count("error: ") == 1 and "split 'D'" in said
 
 
