@@ -251,6 +251,7 @@ def plot(found: dict, path: str) -> None:
                          (np.mean([one[name]["accuracy"] for one in plain]), "-")):
             ax.axvline(x, color="#555555", lw=0.8, ls=style)
         ax.set(title=f"{name}: greedy accuracy, held-out", xlim=(0, 1))
+        ax.margins(y=0.01)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="x", alpha=0.25)
     axes[0].set_yticks(range(len(shown)), [line.name for line in shown], fontsize=8)

@@ -14,6 +14,7 @@ import controls
 import distill
 import estimators
 import evaluate
+import field
 import grpo
 import paper
 import sft
@@ -122,6 +123,7 @@ def test_its_table_of_results_is_the_measured_one():
     found = json.loads((ROOT / "bench/controls.json").read_text())
     assert controls.show(found) in README
     assert paper.show(json.loads((ROOT / "bench/paper.json").read_text())) in README
+    assert field.show(json.loads((ROOT / "bench/field.json").read_text())) in README
     assert bench.text(json.loads((ROOT / "bench/results/cpu.json").read_text())) in README
 
 
