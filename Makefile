@@ -33,7 +33,7 @@ sft: RECIPE = recipes/sft_clevr_r1.toml
 sft: $(READY)  ## supervised fine-tuning by RECIPE (default recipes/sft_clevr_r1.toml)
 	$(RUN) sft.py $(RECIPE) $(SOURCES) $(ARGS)
 
-distill: $(READY)  ## traces of the teacher MODEL: STEP=describe, query, sample, verify or pack, ARGS="--key value"
+distill: $(READY)  ## a set to learn, by the teacher MODEL: STEP=describe, query, sample, bridge, formal, caption, rewrite, judge, letters, verify or pack
 	$(PY) distill.py $(STEP) $(if $(MODEL),--teacher "$(MODEL)") $(ROWS) $(ARGS)
 
 eval: $(READY)  ## evaluate MODEL (default: the newest run) on DATA (default: world:A), IMAGES=folder
@@ -67,7 +67,7 @@ tiny: $(READY)  ## build the tiny checkpoint anew, from nothing, into tiny/ (abo
 tiny_boxes: $(READY)  ## build the second one, which points at things, into tiny_boxes/ (about 35 minutes)
 	$(PY) tiny_boxes.py --out tiny_boxes --replace
 
-tiny_forms: $(READY)  ## build the third one, which answers one question in four forms, into tiny_forms/ (about 8 minutes)
+tiny_forms: $(READY)  ## build the third one, which answers one question in four forms, into tiny_forms/ (about 6 minutes)
 	$(PY) tiny_forms.py --out tiny_forms --replace
 
 controls: $(READY)  ## the control runs of README's picture: more flawed SFT, clean SFT, format only

@@ -1,6 +1,6 @@
 """The third tiny checkpoint: it answers one counting question in four forms, all of them badly.
 
-    python tiny_forms.py --out tiny_forms     # `make tiny_forms`; about 8 minutes
+    python tiny_forms.py --out tiny_forms     # `make tiny_forms`; about 6 minutes
 
 From it start the runs of `make field`. Eye, tokenizer and decoder of tiny/ are taken over; with the
 eye frozen the decoder learns what a teacher answers to the questions of forms.py: open ones, with
