@@ -160,12 +160,23 @@ def plot(found: dict, path: str) -> None:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", alpha=0.25)
     fig.tight_layout()
+    save(fig, path)
+
+
+def save(fig, path: str) -> None:
+    """Writes a figure, and lets go of it."""
+    import matplotlib.pyplot as plt
+
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=130)
+    plt.close(fig)
 
 
-def present(cfg, show, plot) -> None:
-    """Prints show() and draws plot() of the results in cfg.out. SystemExit if there are none."""
+def present(cfg, run_all, show, plot) -> None:
+    """A study: run_all() writes cfg.out unless there is only to plot; then prints show() and draws
+    plot() of the results that are there. SystemExit if there are none."""
+    if not cfg.plot_only:
+        run_all(cfg)
     if not Path(cfg.out).is_file():
         raise SystemExit(f"error: {cfg.out}: no results; run without --plot_only first")
     found = json.loads(Path(cfg.out).read_text())
@@ -174,10 +185,7 @@ def present(cfg, show, plot) -> None:
 
 
 def main(argv=None) -> None:
-    cfg = parse(Config, argv, __doc__)
-    if not cfg.plot_only:
-        write_json(run_all(cfg), cfg.out)
-    present(cfg, show, plot)
+    present(parse(Config, argv, __doc__), lambda cfg: write_json(run_all(cfg), cfg.out), show, plot)
 
 
 if __name__ == "__main__":

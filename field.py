@@ -26,7 +26,7 @@ import torch
 
 import run
 from config import opt, parse
-from controls import present
+from controls import present, save
 from data import Processor
 from evaluate import evaluate, load_evals, prompt_of
 from journal import newest_checkpoint, steps_of, write_json
@@ -257,16 +257,11 @@ def plot(found: dict, path: str) -> None:
     axes[0].set_yticks(range(len(shown)), [line.name for line in shown], fontsize=8)
     axes[0].invert_yaxis()
     fig.tight_layout()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    save(fig, path)
 
 
 def main(argv=None) -> None:
-    cfg = parse(Config, argv, __doc__)
-    if not cfg.plot_only:
-        run_all(cfg)
-    present(cfg, show, plot)
+    present(parse(Config, argv, __doc__), run_all, show, plot)
 
 
 if __name__ == "__main__":

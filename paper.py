@@ -33,7 +33,7 @@ import grpo
 import parallel
 import world
 from config import opt, parse, read
-from controls import cell, learn, present
+from controls import cell, learn, present, save
 from data import Processor
 from evaluate import evaluate, load_evals
 from journal import newest_checkpoint, write_json
@@ -197,16 +197,11 @@ def plot(found: dict, path: str) -> None:
     handles = axes[0].get_legend_handles_labels()
     fig.legend(*handles, loc="lower center", ncols=5, frameon=False, fontsize=9)
     fig.tight_layout(rect=(0, 0.07, 1, 1))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    save(fig, path)
 
 
 def main(argv=None) -> None:
-    cfg = parse(Config, argv, __doc__)
-    if not cfg.plot_only:
-        run_all(cfg)
-    present(cfg, show, plot)
+    present(parse(Config, argv, __doc__), run_all, show, plot)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import torch
 
 import grpo
 from config import opt, parse, read
-from controls import cell, learn, present
+from controls import cell, learn, present, save
 from evaluate import evaluate_all, load_evals
 from journal import write_json
 from rewards import ANSWER
@@ -164,16 +164,11 @@ def plot(found: dict, path: str) -> None:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", alpha=0.25)
     fig.tight_layout()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    save(fig, path)
 
 
 def main(argv=None) -> None:
-    cfg = parse(Config, argv, __doc__)
-    if not cfg.plot_only:
-        run_all(cfg)
-    present(cfg, show, plot)
+    present(parse(Config, argv, __doc__), run_all, show, plot)
 
 
 if __name__ == "__main__":
