@@ -331,6 +331,8 @@ def cut(recipe: stages.Recipe, rows: Path, url: str) -> list[str]:
             of |= {"max_new": 8}
         more = {"probes": 0, "workers": 0, "min_pixels": 3136, "max_pixels": 3136, "bf16": "false"}
         of |= {key: x for key, x in more.items() if hasattr(stage.cfg, key)}
+        if getattr(stage.cfg, "images", None):  # which are not at hand
+            of |= {"images": str(rows)}
         at = f"{stage.name}." if stage.number else ""
         words += [word for key, x in of.items() for word in (f"--{at}{key}", str(x))]
     return words
