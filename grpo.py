@@ -167,6 +167,8 @@ class Config:
         if self.ratio_cap and self.ratio_cap <= 1 + self.clip_high:
             raise ValueError(f"ratio_cap {self.ratio_cap}: must be above 1 + clip_high "
                              f"{self.clip_high}")
+        if self.kl == "reward" and not self.beta:
+            raise ValueError("kl reward: with beta 0 there is no KL to take from it")
 
 
 # --------------------------------------------------------------- the steps of a run, in their order

@@ -951,6 +951,7 @@ MISTAKES = [
     (["--minibatches", "3"], "prompts 16: must be a multiple of minibatches 3"),
     (["--least_right", "0.9", "--most_right", "0.1"], "least_right 0.9: is above most_right 0.1"),
     (["--ratio_cap", "1.1"], "ratio_cap 1.1: must be above 1 + clip_high 0.2"),
+    (["--kl", "reward", "--beta", "0"], "with beta 0 there is no KL"),
     (["--kl", "rewards"], "kl"),
 ]
 
