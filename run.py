@@ -75,9 +75,10 @@ def run(recipe: Recipe) -> dict:
             cfg, folder = stage.ready(out, left), stage.folder(out)
             if not parallel.gathered(ended(folder, cfg))[0]:
                 perform(stage, cfg, folder)
-            with parallel.agreed():
-                found[stage.name] = read_json(folder / "summary.json")
-                left[stage.name] = str(chosen(stage, out, found[stage.name]))
+            with parallel.agreed():  # the first process writes it, the others may be ahead
+                there = read_json(folder / "summary.json") if parallel.rank() == 0 else None
+            found[stage.name] = parallel.gathered(there)[0]
+            left[stage.name] = str(chosen(stage, out, found[stage.name]))
         if parallel.rank() == 0:
             print(table(recipe, found, left), f"\nreport  {out / 'report.html'}", sep="\n")
         del lock  # held until here
