@@ -15,6 +15,8 @@ distilled set), one with a doubt and a second look (Vision-R1, whose thoughts ar
 caption first (R1-Vision), a formal description (R1-Onevision).
 """
 
+import numpy as np
+
 import world
 from rewards import ANSWER, THINK
 from world import execute, pick
@@ -83,11 +85,9 @@ def in_order(scene, numbers=None):
 def flawed(scene, asked, seen, rng):
     """Answers in five ways, of which only two are in the asked format."""
     large = sum(thing["size"] == "large" for thing in seen)
-    shares = [share for share, _ in STYLES]
-    words = STYLES[rng.choice(len(STYLES), p=shares)][1]
     value = said(asked, len(seen))
-    return words.format(think=THINK[0], end=THINK[1], answer=wrapped(value), value=value,
-                        large=large, small=len(seen) - large)
+    return style(STYLES, rng).format(think=THINK[0], end=THINK[1], answer=wrapped(value),
+                                     value=value, large=large, small=len(seen) - large)
 
 
 def listed(scene, asked, seen, rng):
@@ -97,8 +97,7 @@ def listed(scene, asked, seen, rng):
 
 def doubtful(scene, asked, seen, rng):
     """Lists what he saw at first, doubts it, and looks again; by then he sees all."""
-    first = [thing for thing in seen if thing["size"] == "large" or rng.random() >= OVERLOOK]
-    return thought(f"{items(first)}. Wait, {items(seen)}", asked, seen)
+    return thought(f"{items(noticed(seen, OVERLOOK, rng))}. Wait, {items(seen)}", asked, seen)
 
 
 def captioned(scene, asked, seen, rng):
@@ -124,8 +123,19 @@ def teach(name, scene, asked, rng):
     world.ask, whose program ends with a count."""
     write, overlook = TEACHERS[name]
     things = in_order(scene, execute(asked["program"][:-1], scene))
-    seen = [thing for thing in things if thing["size"] == "large" or rng.random() >= overlook]
+    seen = noticed(things, overlook, rng)
     return write(scene, asked, seen, rng), said(asked, len(seen)) == str(asked["answer"])
+
+
+def noticed(things, overlook, rng):
+    """Those that are seen by who misses each small one with probability `overlook`."""
+    return [thing for thing in things if thing["size"] == "large" or rng.random() >= overlook]
+
+
+def style(styles, rng):
+    """The words of one of (share, words), drawn by their shares."""
+    shares = np.array([share for share, _ in styles])
+    return styles[rng.choice(len(styles), p=shares / shares.sum())][1]
 
 
 def said(asked, count):

@@ -33,6 +33,7 @@ from config import opt, parse
 from data import PREPROCESSOR, Processor
 from example import Example
 from eye import WORLDS, train_eye
+from forms import noticed, style
 from journal import write_json
 from model import Qwen2VL
 from rewards import ANSWER, THINK
@@ -154,11 +155,9 @@ def taught_answer(scene: dict, question: dict, overlook: float, rng, styles=STYL
     """What the teacher answers to a counting question: each small object is missed with
     probability `overlook` (0: a teacher who sees all), the form is drawn from `styles`."""
     found = [scene["objects"][i] for i in world.execute(question["program"][:-1], scene)]
-    seen = [o for o in found if o["size"] == "large" or rng.random() >= overlook]
+    seen = noticed(found, overlook, rng)
     large = sum(o["size"] == "large" for o in seen)
-    shares = np.array([share for share, _ in styles])
-    form = styles[rng.choice(len(styles), p=shares / shares.sum())][1]
-    return form.format(n=len(seen), large=large, small=len(seen) - large)
+    return style(styles, rng).format(n=len(seen), large=large, small=len(seen) - large)
 
 
 def instruct_rows(n: int, seed: int, overlook: float) -> list[tuple[Example, str]]:
