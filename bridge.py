@@ -32,7 +32,7 @@ from letters import letters as page_of
 from pack import picture, question_of
 from rewards import ANSWER, THINK
 from rows import load_examples
-from teachers import Asks, Reasons
+from teachers import Asks, Reads, Reasons
 from traces import tagged, tell_reasons, whole
 
 ANSWERED = "End with the final answer in {} {} tags.".format(*ANSWER)
@@ -208,13 +208,9 @@ def judge(cfg: Judge) -> Counter:
 
 
 @dataclass(frozen=True)
-class Letters:
+class Letters(Reads):
     """Keys of `distill.py letters`."""
 
-    data: str = opt("d/questions.jsonl", "rows of any source, with a picture or without")
-    images: str | None = opt(None, "folder of the images; default: beside the data")
-    bad_rows: str = opt("refuse", "or skip: leave them out", choices=("refuse", "skip"))
-    limit: int | None = opt(None, "rows at most", least=1)
     out: str = opt("d/letters.jsonl", "file to write; its pictures go beside it, what cannot be "
                                       "written in letters to …_rejected.jsonl")
     problem: str = opt("Answer the question in the image.", "what is asked instead of the question")

@@ -52,13 +52,19 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Asks:
-    """Keys of every step that asks."""
+class Reads:
+    """Keys of the rows that a step reads."""
 
     data: str = opt("d/questions.jsonl", "rows of any source, with pictures or without")
     images: str | None = opt(None, "folder of the images; default: beside the data")
     bad_rows: str = opt("refuse", "or skip: leave them out", choices=("refuse", "skip"))
     limit: int | None = opt(None, "rows at most", least=1)
+
+
+@dataclass(frozen=True)
+class Asks(Reads):
+    """Keys of every step that asks."""
+
     out: str = opt("d/answers.jsonl", "file to write; answers on the way go to …_FIELD.jsonl "
                                       "beside it, what is not to be used to …_rejected.jsonl")
     teacher: str = opt("runs", "who sees the pictures: a checkpoint (folder, run, hub id), or a "
