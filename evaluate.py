@@ -34,14 +34,11 @@ from ahead import Ahead
 from boxes import FRAMES
 from config import opt, parse
 from data import Processor
-from grading import load_rewards
-from hub import is_hub_id
 from journal import newest_checkpoint, write_json
 from kept import ASKED, Kept, about
 from model import Qwen2VL
 from rollout import sample
-from rows import apart, load_examples, on_hub, with_columns
-from scenes import parse_world
+from rows import load_examples
 from scorers import (
     NUMBERS,
     Scorer,
@@ -54,7 +51,6 @@ from scorers import (
     summary,
     told,
 )
-from template import find_template
 
 
 @dataclass(frozen=True)
@@ -195,54 +191,6 @@ def print_summary(found: dict, out: Path, page: Path) -> None:
         print(f"{name:10}  {'  '.join(cells)}  {b['format']:.2f} -> {a['format']:.2f}"
               + "".join(f"\n{'':10}  {key:10} {values}" for key, values in more.items()))
     print(f"\ncheckpoint  {newest_checkpoint(str(out))}\nreport      {page}")
-
-
-# ---------------------------------------------------------------------- before anything is read
-
-# Keys of a config that name what must be there, and those that say more of the rewards.
-NAMING = ("template", "rewards", "scorer", "model", "teacher", "reasoner", "data", "images",
-          "held_out", "evals")  # fmt: skip
-REWARDED = ("reward_weights", "reward_seconds", "reward_memory")
-
-
-def look(cfg, key: str, comes=lambda said: False) -> None:
-    """ValueError where a key of any config, if it has it, names what is not there, or there is no
-    such reward, scorer or template. Nothing is downloaded, no server asked. comes(text): whether
-    that will be there in time."""
-    value, served = getattr(cfg, key, None), hasattr(cfg, "base_url")  # whose model no file is
-    if value is None or (served and key in ("template", "teacher")):
-        return
-    if key == "rewards" and value:
-        load_rewards(value, *(getattr(cfg, more) for more in REWARDED if hasattr(cfg, more)))
-    elif key == "scorer":
-        load_scorer(value)
-    elif key == "template":
-        find_template(value, cfg.system)
-    elif key in ("model", "teacher", "reasoner"):
-        if not (is_hub_id(value) or "@http" in value or comes(value)):
-            newest_checkpoint(value)
-    elif key in ("data", "images", "held_out", "evals"):
-        sources = [item.partition("=")[2] for item in value] if key == "evals" else [value]
-        for source in sources:
-            gone = [source] * (not os.path.isdir(source)) if key == "images" else absent(source)
-            if gone := [place for place in gone if not comes(place)]:
-                raise ValueError(f"{gone[0] or 'none given'}: no such file or folder")
-
-
-def absent(source: str) -> list[str]:
-    """The files and folders that a source of rows names, also behind images= and only=, and that
-    are not there; what may be an id of the hub may be there. ValueError for a world that cannot
-    be."""
-    found = []
-    for place, more in map(with_columns, apart(source)):
-        named = {place.rpartition(":")[0], place} - {""}  # with a split behind it, and without
-        if place.startswith("world:"):
-            parse_world(place, "train")
-        elif not any(os.path.exists(name) or on_hub(name) for name in named):
-            found.append(place)
-        behind = (str(more[key]) for key in ("images", "only") if key in more)
-        found += [name for name in behind if not os.path.exists(name)]
-    return found
 
 
 # ---------------------------------------------------------------------------------- the command

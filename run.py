@@ -21,6 +21,7 @@ while the others wait.
 import gc
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import replace
@@ -30,7 +31,6 @@ from pathlib import Path
 import torch
 
 import distill
-import evaluate
 import grpo
 import parallel
 import report
@@ -39,11 +39,21 @@ import sft
 import sieve
 import stages
 from config import to_dict
-from journal import write_json
+from grading import load_rewards
+from hub import is_hub_id
+from journal import newest_checkpoint, write_json
 from resume import Stop, take_lock
+from rows import apart, on_hub, with_columns
+from scenes import parse_world
+from scorers import load_scorer
 from stages import Recipe, Stage
+from template import find_template
 
 RUNS = {"sft": sft.train, "grpo": grpo.train, "filter": sieve.sift}
+# Keys of a config that name what must be there, and those that say more of the rewards.
+NAMING = ("template", "rewards", "scorer", "model", "teacher", "reasoner", "data", "images",
+          "held_out", "evals")  # fmt: skip
+REWARDED = ("reward_weights", "reward_seconds", "reward_memory")
 
 
 def main(argv=None) -> dict:
@@ -210,11 +220,51 @@ def check(recipe: Recipe, out: Path) -> None:
     for stage in recipe.stages:
         if (stage.folder(out) / "summary.json").exists():
             continue
-        for key in evaluate.NAMING:
+        for key in NAMING:
             try:
-                evaluate.look(stage.cfg, key, lambda said: bool(stages.braced(said) & names))
+                look(stage.cfg, key, lambda said: bool(stages.braced(said) & names))
             except (ValueError, OSError) as error:
                 raise ValueError(f"{recipe.path}: stage {stage.name}: {key}: {error}") from error
+
+
+def look(cfg, key: str, comes=lambda said: False) -> None:
+    """ValueError where a key of any config, if it has it, names what is not there, or there is no
+    such reward, scorer or template. Nothing is downloaded, no server asked. comes(text): whether
+    that will be there in time."""
+    value, served = getattr(cfg, key, None), hasattr(cfg, "base_url")  # whose model no file is
+    if value is None or (served and key in ("template", "teacher")):
+        return
+    if key == "rewards" and value:
+        load_rewards(value, *(getattr(cfg, more) for more in REWARDED if hasattr(cfg, more)))
+    elif key == "scorer":
+        load_scorer(value)
+    elif key == "template":
+        find_template(value, cfg.system)
+    elif key in ("model", "teacher", "reasoner"):
+        if not (is_hub_id(value) or "@http" in value or comes(value)):
+            newest_checkpoint(value)
+    elif key in ("data", "images", "held_out", "evals"):
+        sources = [item.partition("=")[2] for item in value] if key == "evals" else [value]
+        for source in sources:
+            gone = [source] * (not os.path.isdir(source)) if key == "images" else absent(source)
+            if gone := [place for place in gone if not comes(place)]:
+                raise ValueError(f"{gone[0] or 'none given'}: no such file or folder")
+
+
+def absent(source: str) -> list[str]:
+    """The files and folders that a source of rows names, also behind images= and only=, and that
+    are not there; what may be an id of the hub may be there. ValueError for a world that cannot
+    be."""
+    found = []
+    for place, more in map(with_columns, apart(source)):
+        named = {place.rpartition(":")[0], place} - {""}  # with a split behind it, and without
+        if place.startswith("world:"):
+            parse_world(place, "train")
+        elif not any(os.path.exists(name) or on_hub(name) for name in named):
+            found.append(place)
+        behind = (str(more[key]) for key in ("images", "only") if key in more)
+        found += [name for name in behind if not os.path.exists(name)]
+    return found
 
 
 def holds(out: Path) -> bool:

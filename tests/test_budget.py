@@ -35,7 +35,7 @@ GROUPS = {
     "boxes, rewards with arguments, adapters": (1350, (
         "own", "boxes", "grading", "adapter", "lora", "boxscores", "overlay",
     )),
-    "data sets and evaluation": (1200, (
+    "data sets and evaluation": (1160, (
         "hub", "shards", "rows", "ahead", "scorers", "kept", "evaluate",
     )),
     "a run that survives, and tells what happens": (1800, (
@@ -46,7 +46,7 @@ GROUPS = {
         "sft", "chat", "letters", "describe", "teachers", "traces", "pack", "asking", "bridge",
         "distill",
     )),
-    "recipes of several stages": (680, ("sieve", "stages", "run")),
+    "recipes of several stages": (740, ("sieve", "stages", "run")),
     "speed, measured and modelled": (1500, (
         "costs", "scaling", "machine", "standin", "workload", "rivals", "bench",
     )),
