@@ -28,7 +28,7 @@ import run
 from config import opt, parse
 from controls import present, save
 from data import Processor
-from evaluate import evaluate, load_evals, prompt_of
+from evaluate import evaluate_all, load_evals, prompt_of
 from journal import newest_checkpoint, steps_of, write_json
 from model import Qwen2VL
 
@@ -132,7 +132,7 @@ def train(name: str, seed: int) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     run.main([f"recipes/{recipe}.toml", "--seed", str(seed), "--out", str(out), *words])
     seconds, evals = time.perf_counter() - begin, load_evals(EVALS)
-    asked = {key(line): examine(stage_of(out, line.stage), line.template, evals)
+    asked = {key(line): examine(stage_of(out, line.stage), line.template, evals, out, key(line))
              for line in LINES if line.of == name}  # fmt: skip
     return {"seconds": round(seconds, 1), "asked": asked}
 
@@ -149,15 +149,12 @@ def stage_of(out: Path, stage: str | None) -> str:
     return newest_checkpoint(str(trained[-1] if trained else out))
 
 
-def examine(folder: str, template: str | None, evals: dict) -> dict:
-    """Summaries of a checkpoint on every eval, under its own prompt or another."""
+def examine(folder: str, template: str | None, evals: dict, out: Path, when: str) -> dict:
+    """Summaries of a checkpoint on every eval, under its own prompt or another; its answers go to
+    out/eval."""
     model = Qwen2VL.from_pretrained(folder)
     processor = Processor.from_pretrained(folder, **prompt_of(folder, template, None))
-    found = {}
-    for name, examples in evals.items():
-        full = evaluate(model, processor, examples, 100, 100, title=name)
-        found[name] = {key: value for key, value in full.items() if key != "results"}
-    return found
+    return evaluate_all(model, processor, evals, 100, out, when)
 
 
 def run_all(cfg: Config) -> None:
@@ -167,7 +164,8 @@ def run_all(cfg: Config) -> None:
     if Path(cfg.out).is_file():
         found = json.loads(Path(cfg.out).read_text())
     if "start" not in found:
-        found["start"] = examine(START, None, load_evals(EVALS))
+        out = Path("runs/field/start")
+        found["start"] = examine(START, None, load_evals(EVALS), out, "start")
         write_json(found, cfg.out)
     left = [(name, seed) for seed in cfg.seeds for name in cfg.runs
             if str(seed) not in found["results"].get(name, {})]  # fmt: skip
