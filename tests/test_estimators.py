@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from tensors import close, column
 from torch import Tensor
 
 from estimators import (
@@ -26,17 +27,6 @@ from estimators import (
 
 NAN = math.nan
 KINDS = ["group", "center", "loo", "baseline"]
-
-
-def close(found: Tensor, expected, tolerance: float = 1e-6) -> bool:
-    expected = torch.as_tensor(expected, dtype=found.dtype)
-    return found.shape == expected.shape and torch.allclose(
-        found, expected, rtol=0, atol=tolerance, equal_nan=True
-    )
-
-
-def column(*values) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)
 
 
 # -------------------------------------------------------------------------------------- advantages

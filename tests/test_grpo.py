@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensors import close, column
 from tiny_checkpoint import make_checkpoint, picture
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
@@ -38,17 +39,6 @@ from rows import Example
 from tally import advantages, has_signal, reward_table
 
 NAN = math.nan
-
-
-def close(found: Tensor, expected, tolerance: float = 1e-6) -> bool:
-    expected = torch.as_tensor(expected, dtype=found.dtype)
-    return found.shape == expected.shape and torch.allclose(
-        found, expected, rtol=0, atol=tolerance, equal_nan=True
-    )
-
-
-def column(*values) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)
 
 
 # --------------------------------------------------------------------------------- the naive twin

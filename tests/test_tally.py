@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tensors import column
 from tiny_checkpoint import make_checkpoint
 from torch import Tensor
 
@@ -28,10 +29,6 @@ NAN = math.nan
 
 def close(found: Tensor, expected) -> bool:
     return torch.allclose(found, torch.as_tensor(expected, dtype=found.dtype), equal_nan=True)
-
-
-def column(*values) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
