@@ -300,7 +300,9 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, positions, lay, cache: Cache | None, wanted=None) -> Tensor:
         cfg, last = self.cfg, self.layers[-1]
-        cos, sin = mrope(positions, cfg.head_dim, cfg.rope_theta, cfg.mrope_section)
+        if isinstance(positions, Tensor):
+            positions = mrope(positions, cfg.head_dim, cfg.rope_theta, cfg.mrope_section)
+        cos, sin = positions
         for layer, kept in zip(self.layers, cache.layers if cache else itertools.repeat(None)):
             x = layer(x, cos, sin, lay, kept, wanted if layer is last else None)
         return self.norm(x)

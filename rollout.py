@@ -176,7 +176,7 @@ def sample(
     room = room_for(model, prompts, slots, group, max_new)
     room.begin(processor, uids or range(B), seed, limits, (temperature, top_p, top_k))
     room.run(model, prompts, slots)
-    tensors = [x[:B].clone() for x in (room.ids, room.lengths, room.logp, room.finished)]
+    tensors = room.drawn(B)
     pairs = zip(*(x.tolist() for x in tensors[:2]))
     texts = [[prompt.opening + processor.decode(x[:n]) for x, n in zip(*pair)]
              for prompt, pair in zip(prompts, pairs)]  # fmt: skip

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from attention import Cache, Layout, Step, core, halved
 from data import Prompt, collate
-from model import Qwen2VL
+from model import Qwen2VL, mrope
 
 CHECK = 4  # steps between two looks at what has ended; a look is a wait for the device
 LOWEST = torch.finfo(torch.float32).min  # the logit of what is banned; -inf x 0 would be no number
@@ -80,22 +80,24 @@ def uniforms(seed: int, uid: int, group: int, max_new: int) -> Tensor:
 class Room:
     """The state of sampling: what has been drawn, of all B prompts, and what is in the N slots.
 
-    ids (B, G, T), logp (B, G, T), lengths, finished (B, G): as in rollout.Rollout. open (B, G): not
-    yet ended. Of the slots, of which the first ones are in use: the prompt's number (N,), the
-    completions' places in its group (N, G), their last tokens (N, G), the prompt's next position
-    (N,).
+    ids, p and u (B, G, T + 1): tokens, -1 where none has been drawn; their probabilities; the
+    uniforms that draw them. A completion in a slot is drawn on after its end, until it leaves, and
+    nobody reads that (`ends`): not even a step has to know who has ended. Column T is for what
+    would be beyond. limits (B, G): tokens at most. Of the slots, of which the first ones are in
+    use: first (N, G), the place of the completions' first tokens in ids as one row; token (N, G),
+    the last ones; position (N,), the prompt's next. turns: cos and sin of all positions.
     """
 
     def __init__(self, model, B: int, N: int, G: int, T: int, longest: int):
         cfg, device = model.cfg, model.device
         self.size, self.device, self.gpu = (B, N, G, T, longest), device, device.type == "cuda"
         whole = {"dtype": torch.int64, "device": device}
-        self.ids, self.lengths = torch.zeros(B, G, T, **whole), torch.zeros(B, G, **whole)
-        self.limits, self.logp = self.lengths.clone(), torch.zeros(B, G, T, device=device)
-        self.finished, self.open = (self.lengths.bool() for _ in range(2))
-        self.u = torch.zeros(B, G, T, device=device)
-        self.prompt, self.position = torch.zeros(N, **whole), torch.zeros(N, **whole)
-        self.row, self.token = torch.zeros(N, G, **whole), torch.zeros(N, G, **whole)
+        self.ids, self.limits = torch.zeros(B, G, T + 1, **whole), torch.zeros(B, G, **whole)
+        self.p, self.u = (torch.zeros(B, G, T + 1, device=device) for _ in range(2))
+        self.first, self.token = (torch.zeros(N, G, **whole) for _ in range(2))
+        self.position = torch.zeros(N, **whole)
+        self.turns = mrope(torch.arange(longest + T, device=device).expand(3, -1), cfg.head_dim,
+                           cfg.rope_theta, cfg.mrope_section)
         (like,) = core(torch.empty(0, device=device))
         shape = (N, G, cfg.num_key_value_heads, cfg.head_dim)
         self.cache = Cache(cfg.num_hidden_layers, shape, longest, T, like.dtype, device)
@@ -109,16 +111,13 @@ class Room:
         if self.told != (told := (list(processor.banned_ids), list(processor.stop_ids))):
             self.told, self.graphs, self.pool = told, {}, None  # graphs read these tensors
             self.banned, self.stops = (torch.tensor(x, device=self.device) for x in told)
-        self.u[:n] = torch.stack([uniforms(seed, i, G, T) for i in uids]).to(self.device)
+        self.u[:n, :, :T] = torch.stack([uniforms(seed, i, G, T) for i in uids]).to(self.device)
         self.limits.fill_(T)
         if limits is not None:
             self.limits[:n] = limits.to(self.device)
-        for x in (self.ids, self.logp, self.finished):
-            x.zero_()
-        self.lengths.fill_(T)
-        self.open.fill_(True)
+        self.ids.fill_(-1)
 
-    def enter(self, model, prompts: list[Prompt], numbers: list[int], slots: list[int]) -> None:
+    def enter(self, model, prompts: list[Prompt], numbers: range, slots: list[int]) -> None:
         """Prompts, which are `numbers` of all, come into slots: vision tower and prompt, once; and
         the first token of each completion."""
         batch = collate(prompts).to(self.device)
@@ -127,19 +126,19 @@ class Room:
         self.cache.enter(layout)
         ends = layout.prompt_lengths.cumsum(0) - 1
         last = model.run(batch.ids, batch.positions, layout, batch, self.cache, ends)
-        self.prompt[at] = torch.tensor(numbers, device=self.device)
         self.position[at] = batch.next_position
-        G = self.row.shape[1]
-        self.row[at] = torch.arange(G, device=self.device)
+        G, room = self.ids.shape[1:]
+        rows = torch.arange(numbers[0] * G, (numbers[-1] + 1) * G, device=self.device)
+        self.first[at] = rows.view(-1, G) * room
         self.choose(model, last[:, None].expand(-1, G, -1), at)
 
-    def choose(self, model, hidden: Tensor, at: Tensor) -> None:
+    def choose(self, model, hidden: Tensor, at: Tensor | slice) -> None:
         """The next token of the completions in slots `at` (n,), of hidden states (n, G', D) after
-        the last ones. Completions that have ended stay as they are."""
+        the last ones."""
         n, G = hidden.shape[:2]
         temperature, top_p, top_k = self.how
-        where = self.prompt[at][:, None], self.row[at, :G]
-        t = self.cache.lengths[at].clamp(max=self.size[3] - 1)[:, None]
+        t = self.cache.lengths[at].clamp(max=self.size[3])[:, None]
+        where = (self.first[at, :G] + t).flatten()
         logits = scaled_logits(hidden.flatten(0, 1), model.head, temperature or 1.0, self.banned)
         p = logits.softmax(-1)
         if temperature == 0:
@@ -147,26 +146,21 @@ class Room:
         else:
             cut = top_p < 1 or top_k
             q = nucleus(logits, top_p, top_k).softmax(-1) if cut else p
-            token = draw(q, self.u[(*where, t)].flatten())
-        logp = p.gather(-1, token[:, None]).log().view(n, G)
-        token, new = token.view(n, G), self.open[where]
-        self.ids[(*where, t)] += token * new  # 0 until now
-        self.logp[(*where, t)] += logp * new
-        ended = (token[..., None] == self.stops).any(-1) & new
-        self.lengths[where] = torch.where(new, t + 1, self.lengths[where])
-        self.finished[where] |= ended
-        self.open[where] = new & ~ended & (t + 1 < self.limits[where])
-        self.token[at, :G] = token
+            token = draw(q, self.u.view(-1)[where])
+        self.ids.view(-1)[where] = token
+        self.p.view(-1)[where] = p.gather(-1, token[:, None])[:, 0]
+        self.token[at, :G] = token.view(n, G)
 
     def tick(self, model, N: int, G: int, span: int) -> None:
         """One more token of the first G completions in the first N slots. span: tokens that a
         completion will have in the cache at most."""
         layout = Step(self.cache, N, G, span)
         position = (self.position[:N] + layout.lengths).repeat_interleave(G)
+        turns = [x.index_select(0, position) for x in self.turns]
         token = self.token[:N, :G].flatten()
-        hidden = model(token, position.expand(3, -1), layout, cache=self.cache)
+        hidden = model(token, turns, layout, cache=self.cache)
         self.cache.lengths[:N] += 1
-        self.choose(model, hidden.view(N, G, -1), layout.at)
+        self.choose(model, hidden.view(N, G, -1), slice(N))
 
     def step(self, model, *shape: int) -> None:
         """`tick`; on a GPU, from the second time of a shape on, as a CUDA graph: the first time
@@ -192,7 +186,7 @@ class Room:
         self.enter(model, prompts[:N], range(N), range(N))
         counts = np.zeros(N, int)  # tokens in the cache of each slot, as the device has them
         while True:
-            live = self.open[self.prompt[:N, None], self.row[:N, :G]].cpu().numpy()  # (N, G)
+            live = self.going(N, G).cpu().numpy()
             waiting = prompts[entered:]
             if waiting and (free := ready(live, len(waiting))):
                 numbers = range(entered, entered + len(free))
@@ -211,15 +205,38 @@ class Room:
                 counts += 1
                 self.step(model, N, G, span(min(T, counts[alive].max()), T, self.gpu))
 
+    def going(self, N: int, G: int) -> Tensor:
+        """Which of the first G completions in the first N slots have not ended: (N, G)."""
+        rows = self.first[:N, :G] // self.ids.shape[2]
+        ids, limits = self.ids.flatten(0, 1)[rows], self.limits.flatten()[rows]
+        lengths, finished = ends(ids, self.stops, limits)
+        return ~finished & (lengths < limits)
+
+    def drawn(self, B: int) -> list[Tensor]:
+        """ids, lengths, logp and finished of the first B prompts, as rollout.Rollout has them."""
+        ids, p = self.ids[:B, :, :-1], self.p[:B, :, :-1]
+        lengths, finished = ends(ids, self.stops, self.limits[:B])
+        mask = torch.arange(ids.shape[2], device=self.device) < lengths[..., None]
+        return [ids * mask, lengths, p.log().where(mask, 0.0), finished]
+
     def keep(self, slots, rows, span: int) -> None:
         """Slots (N',) with their completions `rows` (N', G') become the first ones."""
         slots, rows = (torch.from_numpy(x).to(self.device) for x in (slots, rows))
         N, G = rows.shape
         self.cache.keep(slots, rows, span)
-        for x in (self.row, self.token):
+        for x in (self.first, self.token):
             x[:N, :G] = x[slots[:, None], rows]
-        for x in (self.prompt, self.position):
-            x[:N] = x[slots]
+        self.position[:N] = self.position[slots]
+
+
+def ends(ids: Tensor, stops: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tokens (...,) of completions drawn so far, ids (..., T), -1 where there is none yet,
+    belong to them: up to the first of `stops` (n,), and at most limits (...,); and whether that
+    token was found among them."""
+    stop = (ids[..., None] == stops).any(-1)
+    lengths = (ids >= 0).sum(-1).minimum(limits)
+    at = torch.where(stop.any(-1), stop.int().argmax(-1) + 1, ids.shape[-1] + 1)
+    return lengths.minimum(at), at <= lengths
 
 
 def ready(live: np.ndarray, waiting: int) -> list[int]:

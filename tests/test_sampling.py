@@ -29,6 +29,7 @@ from sampling import (
     LOWEST,
     Room,
     draw,
+    ends,
     fitting,
     left,
     nucleus,
@@ -180,8 +181,7 @@ def drawn(made, room: Room, prompts, slots: int, seed=0, temperature=1.0, stops=
     processor = replace(made.processor, stop_ids=stops or made.processor.stop_ids)
     room.begin(processor, range(len(prompts)), seed, None, (temperature, 1.0, 0))
     room.run(made.model, prompts, slots)
-    B = len(prompts)
-    return [x[:B].clone() for x in (room.ids, room.lengths, room.logp, room.finished)]
+    return room.drawn(len(prompts))
 
 
 def short(made, every: int = 6) -> list[int]:
@@ -213,33 +213,45 @@ def test_entering_and_ticking_equal_whole_forwards(made):
             assert (found[b, g] - expected).abs().max() < 1e-4
 
 
-def test_what_has_ended_stays_as_it_is_by_hand(made):
-    """Hidden states that choose tokens 3, 5, 7, 3, of which 5 ends; one completion ended before,
-    one may have no more than one token."""
+def test_ends_are_found_in_what_was_drawn_by_hand():
+    """Of 5 tokens at most: 7 and 8 end, -1 is not yet drawn. In the last row 8 comes beyond what is
+    allowed, in the one before nothing has come yet."""
+    ids = torch.tensor([[1, 7, 2, 8, -1], [1, 2, 3, -1, -1], [1, 2, 3, 4, 8], [8, 1, 1, 1, 1],
+                        [-1, -1, -1, -1, -1], [3, 3, 8, -1, -1]])  # fmt: skip
+    lengths, finished = ends(ids, torch.tensor([7, 8]), torch.tensor([5, 5, 5, 5, 5, 2]))
+    assert lengths.tolist() == [2, 3, 5, 1, 0, 2]
+    assert finished.tolist() == [True, False, True, True, False, False]
+
+
+def test_a_choice_is_written_where_its_completion_is_by_hand(made):
+    """Hidden states that choose tokens 3, 5, 7, 1, of which 5 ends; one completion may have no more
+    than one token. Those that are over are drawn on, and what comes is none of theirs."""
     room = Room(SimpleNamespace(cfg=made.model.cfg, device=torch.device("cpu")), 2, 2, 2, 4, 8)
     processor = SimpleNamespace(banned_ids=[0], stop_ids=[5, 6])
-    limits = torch.tensor([[4, 4], [2, 4]])
+    limits = torch.tensor([[4, 4], [2, 1]])
     room.begin(processor, range(2), 0, limits, (0.0, 1.0, 0))
-    head = torch.eye(8)  # a logit of 1 beside six of 0
-    choose = SimpleNamespace(head=head)
+    choose = SimpleNamespace(head=torch.eye(8))  # a logit of 1 beside six of 0
     at = torch.tensor([1, 0])  # prompt 1 is in slot 0, prompt 0 in slot 1
-    room.prompt[:] = torch.tensor([1, 0])
-    room.row[:] = torch.arange(2)
-    room.choose(choose, head[[3, 5, 7, 0]].view(2, 2, 8), at)
-    assert room.ids[..., 0].tolist() == [[3, 5], [7, 1]], "0 is banned, the next of equals is 1"
-    assert room.open.tolist() == [[True, False], [True, True]]
-    assert room.finished.tolist() == [[False, True], [False, False]]
-    assert room.lengths.tolist() == [[1, 1], [1, 1]]
+    room.first[at] = torch.tensor([[0, 5], [10, 15]])  # 4 tokens each, and one for what is beyond
+    room.choose(choose, choose.head[[3, 5, 7, 0]].view(2, 2, 8), at)
+    ids, lengths, logp, finished = room.drawn(2)
+    assert ids[..., 0].tolist() == [[3, 5], [7, 1]], "0 is banned, the next of equals is 1"
+    assert finished.tolist() == [[False, True], [False, False]]
+    assert lengths.tolist() == [[1, 1], [1, 1]]
+    assert room.going(2, 2).tolist() == [[True, False], [True, False]], "slots 0 and 1"
     room.cache.lengths += 1
-    room.choose(choose, head[[6, 3, 4, 4]].view(2, 2, 8), at)
-    assert room.ids[..., :2].tolist() == [[[3, 6], [5, 0]], [[7, 4], [1, 4]]]
-    assert room.open.tolist() == [[False, False], [False, True]]
-    assert room.finished.tolist() == [[True, True], [False, False]]
-    assert room.lengths.tolist() == [[2, 1], [2, 2]]
+    room.choose(choose, choose.head[[6, 3, 4, 4]].view(2, 2, 8), at)
+    ids, lengths, logp, finished = room.drawn(2)
+    assert ids[..., :2].tolist() == [[[3, 6], [5, 0]], [[7, 4], [1, 0]]]
+    assert finished.tolist() == [[True, True], [False, False]]
+    assert lengths.tolist() == [[2, 1], [2, 1]] and not room.going(2, 2).any()
     assert room.token.tolist() == [[4, 4], [6, 3]], "by slots, what comes next in the cache"
     chosen = pytest.approx(1 - math.log(math.e + 6), abs=1e-6)
-    assert room.logp[0, :, :2].tolist() == [[chosen, chosen], [chosen, 0]]
-    assert not room.ids[..., 2:].any() and not room.logp[..., 2:].any()
+    assert logp[0, :, :2].tolist() == [[chosen, chosen], [chosen, 0]]
+    assert not ids[..., 2:].any() and not logp[..., 2:].any()
+    room.cache.lengths += 3  # a slot that is full and goes on
+    room.choose(choose, choose.head[[2, 2, 2, 2]].view(2, 2, 8), at)
+    assert all(torch.equal(a, b) for a, b in zip(room.drawn(2), (ids, lengths, logp, finished)))
 
 
 def widths(monkeypatch) -> list[tuple[int, int]]:
@@ -307,8 +319,7 @@ def entries(monkeypatch) -> list[tuple]:
     seen, real = [], Room.enter
 
     def watched(self, model, prompts, numbers, slots):
-        over = ~self.open[self.prompt[:, None], self.row]
-        going = 0 if not seen else int((~over).sum())
+        going = int(self.going(*self.first.shape).sum()) if seen else 0
         seen.append((list(numbers), list(slots), going))
         return real(self, model, prompts, numbers, slots)
 
@@ -463,7 +474,7 @@ def test_a_step_can_be_recorded(made, how, bf16):
     with pytest.raises(AssertionError, match="cannot be recorded"), Recording():
         room.enter(made.model, made.prompts[:3], range(3), range(3))
     with pytest.raises(AssertionError, match="no fixed shape"), Recording():
-        room.ids[room.open]
+        room.ids[room.ids < 0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -539,15 +550,15 @@ def test_left_loses_nobody(few):
 
 def test_keeping_moves_all_that_is_of_a_slot_by_hand(made):
     room = room_of(made, made.prompts, 3, group=2)
-    room.prompt[:], room.position[:] = torch.tensor([2, 0, 3]), torch.tensor([20, 10, 30])
-    room.row[:] = torch.tensor([[0, 1], [0, 1], [0, 1]])
+    room.position[:] = torch.tensor([20, 10, 30])
+    room.first[:] = torch.tensor([[40, 50], [0, 10], [60, 70]])
     room.token[:] = torch.tensor([[1, 2], [3, 4], [5, 6]])
     room.cache.lengths[:] = torch.tensor([7, 8, 9])
     for x in room.cache.layers[1]:
         x[:] = torch.arange(3.0).view(3, *[1] * (x.dim() - 1))
     room.keep(np.array([2, 1]), np.array([[1], [0]]), 5)
-    assert room.prompt[:2].tolist() == [3, 0] and room.position[:2].tolist() == [30, 10]
-    assert room.row[:2, :1].tolist() == [[1], [0]] and room.token[:2, :1].tolist() == [[6], [3]]
+    assert room.position[:2].tolist() == [30, 10]
+    assert room.first[:2, :1].tolist() == [[70], [0]] and room.token[:2, :1].tolist() == [[6], [3]]
     assert room.cache.lengths[:2].tolist() == [9, 8]
     for x in room.cache.layers[1]:
         x = x[:2, :1, :, :5] if x.dim() == 5 else x[:2]
