@@ -64,12 +64,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, **how)
 
 
-def attend_shared(q, k, v, prompt_k, prompt_v, hidden=None) -> Tensor:
+def attend_shared(q, k, v, prompt_k, prompt_v, mask=None) -> Tensor:
     """Completions attend to their group's one prompt and to themselves, in one softmax.
 
-    q (B, G, T, H, d); own k, v (B, G, K, S, d); prompt_k, prompt_v (B, K, L, d); hidden (B or 1, T
-    or 1, L + S) True on keys that must not be seen -> (B, G, T, H, d). The prompt's keys are read
-    once per group: all queries of a group are rows of one product.
+    q (B, G, T, H, d); own k, v (B, G, K, S, d); prompt_k, prompt_v (B, K, L, d); mask (B or 1, T or
+    1, L + S), see `unseen` -> (B, G, T, H, d). The prompt's keys are read once per group: all
+    queries of a group are rows of one product.
     """
     (B, G, T, H, d), (K, S), L = q.shape, k.shape[2:4], prompt_k.shape[2]
     R = H // K
@@ -78,14 +78,20 @@ def attend_shared(q, k, v, prompt_k, prompt_v, hidden=None) -> Tensor:
     q = q.transpose(1, 2).reshape(B, G, K, R * T, d)
     to_own = (q @ k.mT).view(B, G, K, R, T, S)
     scores = torch.cat((to_prompt.transpose(1, 2), to_own), -1)  # (B, G, K, R, T, L + S)
-    if hidden is not None:
-        scores.masked_fill_(hidden[:, None, None, None], -torch.inf)
+    if mask is not None:
+        scores += mask[:, None, None, None]
     p = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
     on_prompt, on_own = p.split((L, S), -1)
     y = on_own.reshape(B, G, K, R * T, S) @ v
     z = on_prompt.transpose(1, 2).reshape(B, K, -1, L) @ prompt_v
     y = y.view(B, G, K, R, T, d) + z.view(B, K, G, R, T, d).transpose(1, 2)
     return y.permute(0, 1, 4, 2, 3, 5).reshape(B, G, T, H, d)
+
+
+def unseen(seen: Tensor) -> Tensor:
+    """What is added to scores, float32: 0 where a key is seen, -inf where it is not. Added, since
+    that has no backward pass, and is a tenth of the work of writing where a mask says so."""
+    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, packed: "Packed") -> Tensor:
@@ -158,9 +164,10 @@ class Layout:
         self.completion_at = places(flat, device)
         self.prompt_seen = torch.arange(self.L, device=device) < self.prompt_lengths[:, None]
         ragged, T = self.S_prompt != self.B * self.L, self.T
-        later = torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
-        unseen = ~(self.prompt_seen if ragged else self.prompt_seen[:1])[:, None]  # (B or 1, 1, L)
-        self.hidden = torch.cat((unseen.expand(-1, T, -1), later.expand(len(unseen), -1, -1)), -1)
+        own = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        prompt = (self.prompt_seen if ragged else self.prompt_seen[:1])[:, None]  # (B or 1, 1, L)
+        parts = prompt.expand(-1, T, -1), own.expand(len(prompt), -1, -1)
+        self.mask = unseen(torch.cat(parts, -1))
         packed = halved(device) if packed is None else packed
         self.packed = Packed(prompts, completions, device) if packed else None
 
@@ -188,7 +195,7 @@ class Layout:
             kc, vc = kc.transpose(2, 3), vc.transpose(2, 3)  # (B, G, K, T, d)
             qc, kc, vc, kp, vp = core(qc, kc, vc, kp, vp)
             with torch.autocast(device_of(q), enabled=False):
-                y = attend_shared(qc, kc, vc, kp, vp, self.hidden)
+                y = attend_shared(qc, kc, vc, kp, vp, self.mask)
             out.append(repack(y.flatten(0, 1), self.completion_at))
         return torch.cat(out)
 
@@ -224,31 +231,43 @@ def repack(x: Tensor, at: Tensor | None) -> Tensor:
 # ---------------------------------------------------------------------------------------- sampling
 
 
+FEW = 512  # own keys of a group up to which they stand behind its prompt's
+
+
 class Cache:
     """Keys and values while sampling, in B slots: of each a prompt's (once) and its G completions'.
 
-    layers: [prompt k, v (B, K, L, d), own k, v (B, G, K, room, d)]. lengths (B,): own tokens that
-    a slot holds. seen (B, L): the prompts' real tokens. Its memory stays where it is, whatever
-    comes and goes: a CUDA graph reads it.
+    layers: [prompt k, v (B, K, L, d), own k, v (B, G, K, room, d)], so that nobody's own keys meet
+    another's queries. Where a group has few of them, that is dearer than all it would save: then
+    layers: [k, v (B, K, L + room G, d)], the prompt's and behind them, token by token, those of all
+    completions, and two products do for four, of keys that are hidden, too (`Step`).
+
+    lengths (B,): own tokens that a slot holds. mask (B, 1, L + room), few: (B, G, L + room G), see
+    `unseen`: a key is seen once it is there. place (B, G): of completions among those that came in.
+    Its memory stays where it is, whatever comes and goes: a CUDA graph reads it.
     """
 
     def __init__(self, layers: int, shape: tuple, longest: int, room: int, dtype, device):
         """shape: (B, G, K, d); longest: L."""
         B, G, K, d = shape
-        self.room = room
+        self.longest, self.room, self.few = longest, room, room * G <= FEW
+        self.every = G if self.few else 1  # completions whose own keys stand side by side
+        own = [] if self.few else [(G, K, room)] * 2
+        every = [(K, longest + room * G * self.few)] * 2 + own
         self.layers = [
             [torch.zeros(B, *rest, d, dtype=dtype, device=device)  # zeros: hidden must be finite
-             for rest in ((K, longest), (K, longest), (G, K, room), (G, K, room))]
-            for _ in range(layers)
+             for rest in every] for _ in range(layers)
         ]  # fmt: skip
         self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
-        self.seen = torch.zeros(B, longest, dtype=torch.bool, device=device)
+        self.mask = torch.zeros(B, self.every, longest + room * self.every, device=device)
+        self.place = torch.zeros(B, self.every, dtype=torch.int64, device=device)
 
     def enter(self, layout: Layout) -> None:
         """Prompts come into layout.slots; their keys and values follow, layer by layer."""
-        self.seen[layout.slots] = False
-        self.seen[layout.slots, : layout.L] = layout.prompt_seen
+        self.mask[layout.slots] = -torch.inf
+        self.mask[layout.slots, :, : layout.L] = unseen(layout.prompt_seen)[:, None]
         self.lengths[layout.slots] = 0
+        self.place[layout.slots] = torch.arange(self.every, device=self.place.device)
 
     def keep(self, slots: Tensor, rows: Tensor, span: int) -> None:
         """Slots (B',) with their completions `rows` (B', G') become the first ones. span: own
@@ -259,7 +278,10 @@ class Cache:
                 x[:B] = x[slots]
             for x in layer[2:]:
                 x[:B, :G, :, :span] = x[slots[:, None], rows, :, :span]
-        self.lengths[:B], self.seen[:B] = self.lengths[slots], self.seen[slots]
+        self.lengths[:B] = self.lengths[slots]
+        rows = rows if self.few else rows[:, :1] * 0
+        for x in (self.mask, self.place):
+            x[:B, : rows.shape[1]] = x[slots[:, None], rows]
 
 
 class Step:
@@ -271,17 +293,35 @@ class Step:
         self.at = torch.arange(B, device=cache.lengths.device)
         # A slot whose completions have all ended may be full; it goes on, and is not read.
         self.lengths = cache.lengths[:B].clamp(max=cache.room - 1)
-        own = torch.arange(span, device=self.at.device) <= self.lengths[:, None]
-        self.hidden = ~torch.cat((cache.seen[:B], own), -1)[:, None]  # (B, 1, L + span)
+        rows, place = cache.mask[:B, :G], cache.place[:B, :G]
+        # Of the new keys, (B, G) or (B, 1): they are seen from now on.
+        self.column = cache.longest + self.lengths[:, None] * cache.every + place
+        rows.scatter_(2, self.column[..., None], 0.0)
+        self.mask = rows[..., : cache.longest + span * cache.every]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kept: list) -> Tensor:
         """q (B G, H, d), k, v (B G, K, d) of the new tokens -> (B G, H, d)."""
         B, G, d = self.B, self.G, q.shape[-1]
         q, k, v = core(q, k, v)
+        if len(kept) == 2:
+            for every, new in zip(kept, (k, v)):
+                every[self.at[:, None], :, self.column] = new.view(B, G, -1, d)
+            with torch.autocast(device_of(q), enabled=False):
+                return self.attend_few(q, *(x[:B, :, : self.mask.shape[2]] for x in kept))
         for own, new in zip(kept[2:], (k, v)):
             own[:B, :G][self.at, :, :, self.lengths] = new.view(B, G, -1, d)
         prompt_k, prompt_v = kept[0][:B], kept[1][:B]
         own_k, own_v = (own[:B, :G, :, : self.span] for own in kept[2:])
         with torch.autocast(device_of(q), enabled=False):
-            y = attend_shared(q.view(B, G, 1, -1, d), own_k, own_v, prompt_k, prompt_v, self.hidden)
+            y = attend_shared(q.view(B, G, 1, -1, d), own_k, own_v, prompt_k, prompt_v, self.mask)
         return y.view(B * G, -1, d)
+
+    def attend_few(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B G, H, d) to all keys of its group, k and v (B, K, L + span G, d) -> (B G, H, d)."""
+        d = q.shape[-1]
+        q = (q * d**-0.5).view(self.B, self.G, k.shape[1], -1, d).transpose(1, 2)  # (B, K, G, R, d)
+        scores = (q.flatten(2, 3) @ k.mT).view(*q.shape[:4], -1)
+        scores += self.mask[:, None, :, None]
+        p = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+        y = (p.flatten(2, 3) @ v).view(q.shape).transpose(1, 2)
+        return y.reshape(self.B * self.G, -1, d)

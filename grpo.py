@@ -258,7 +258,7 @@ def update(model, reference, optimizers, rollout, adv, banned, cfg) -> dict:
 
     def frozen(policy):  # (B', G, T) of each micro-batch, without gradient
         with torch.no_grad():
-            return [score(policy, m.rollout, cfg.temperature, banned)[0] for m in every]
+            return [score(policy, m.rollout, cfg.temperature, banned, False)[0] for m in every]
 
     with lora.adapter_off(reference):
         for m, ref in zip(every, frozen(reference) if reference else []):

@@ -43,8 +43,9 @@ from checkpoint import (
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x (S, heads, d) by cos, sin (S, d); halves are paired as in GPT-NeoX."""
+    x = x.float()
     a, b = x.chunk(2, -1)
-    return x.float() * cos[:, None] + torch.cat((-b, a), -1).float() * sin[:, None]
+    return torch.addcmul(x * cos[:, None], torch.cat((-b, a), -1), sin[:, None])
 
 
 def mrope(positions: Tensor, head_dim: int, theta: float, section: tuple[int, ...]):

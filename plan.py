@@ -212,7 +212,7 @@ def training(cfg: ModelConfig, work: Work) -> tuple[int, int]:
     last = trained(lambda h: token_logp(h, head, wanted)[0], learnt.to(v.dtype),
                    also=(head,) * heads)
     text = (cfg.num_hidden_layers - 1) * layer[0] + final[0] + trained(norm, learnt)[0]
-    text += nbytes(x, turn, turn, wanted, layout.hidden)
+    text += nbytes(x, turn, turn, wanted, layout.mask)
     if not work.patches:
         return text, max(layer[1], sum(last))
     block, merger = (computing(m(cfg.vision), work, at) for m, at in EYE)

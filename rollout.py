@@ -22,8 +22,9 @@ from sampling import room_for, scaled_logits
 # ------------------------------------------------------------------- log-probs of the distribution
 
 
-def token_logp(hidden, head, targets, temperature=1.0, banned=None, chunk=1024):
+def token_logp(hidden, head, targets, temperature=1.0, banned=None, chunk=1024, entropies=True):
     """Log-probs and entropies (S,) of `targets` (S,) given the hidden states (S, D) before them.
+    entropies False: None in their place.
 
     The head (V, D) runs in chunks, and again in the backward pass, so that a (tokens, V) float32
     tensor exists for `chunk` tokens only (V is 151,936 in the real model). Entropies are for the
@@ -32,7 +33,9 @@ def token_logp(hidden, head, targets, temperature=1.0, banned=None, chunk=1024):
     banned = targets.new_empty(0) if banned is None else banned
     hidden, head = half(hidden), half(head)
     low = min(hidden.dtype, head.dtype, key=lambda dtype: dtype.itemsize)
-    return TokenLogp.apply(hidden.to(low), head.to(low), targets, temperature, banned, chunk)
+    given = hidden.to(low), head.to(low), targets, temperature, banned, chunk
+    logp, entropy = TokenLogp.apply(*given, entropies)
+    return logp, entropy if entropies else None
 
 
 class TokenLogp(torch.autograd.Function):
@@ -40,11 +43,11 @@ class TokenLogp(torch.autograd.Function):
     would keep, or make anew, four tensors of a chunk's logits where this needs two."""
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, temperature, banned, chunk):
+    def forward(ctx, hidden, head, targets, temperature, banned, chunk, entropies):
         ctx.save_for_backward(hidden, head, targets, banned)
         ctx.temperature, ctx.chunk = temperature, chunk
         found = [
-            TokenLogp.logp(scaled_logits(h, head, temperature, banned), t)
+            TokenLogp.logp(scaled_logits(h, head, temperature, banned), t, entropies)
             for h, t in zip(hidden.split(chunk), targets.split(chunk))
         ]
         logp, entropy = (torch.cat(x) for x in zip(*found))
@@ -52,11 +55,11 @@ class TokenLogp(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
-    def logp(logits, targets):
-        """Log-probs of targets, and entropies, by logits (S, V)."""
+    def logp(logits, targets, entropies):
+        """Log-probs of targets, and entropies or as many zeros, by logits (S, V)."""
         logits = logits.log_softmax(-1)
         logp = logits.gather(-1, targets[:, None])[:, 0]
-        return logp, -logits.exp().mul_(logits).sum(-1)
+        return logp, -logits.exp().mul_(logits).sum(-1) if entropies else torch.zeros_like(logp)
 
     @staticmethod
     def backward(ctx, grad, _):
@@ -74,7 +77,7 @@ class TokenLogp(torch.autograd.Function):
                 to_head += p.mT @ h
             del p  # before the next chunk's
         to_head = to_head if to_head is None else to_head.to(head.dtype)
-        return to_hidden, to_head, None, None, None, None
+        return to_hidden, to_head, *[None] * 5
 
 
 # -------------------------------------------------------------------------------------- sampling
@@ -186,8 +189,9 @@ def sample(
 # ------------------------------------------------------------------------------------- log-probs
 
 
-def score(model: Qwen2VL, rollout: Rollout, temperature=1.0, banned=()) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies (B, G, T) of a rollout's tokens, with gradient; 0 beyond `lengths`.
+def score(model: Qwen2VL, rollout: Rollout, temperature=1.0, banned=(), entropies=True):
+    """Log-probs, with gradient, and entropies (B, G, T) of a rollout's tokens; 0 beyond `lengths`.
+    entropies False: None in their place.
 
     One packed forward: each prompt (and its image) once, then its completions, each without its
     last token, which predicts nothing. The head sees only positions that predict a sampled token.
@@ -208,9 +212,10 @@ def score(model: Qwen2VL, rollout: Rollout, temperature=1.0, banned=()) -> tuple
     before[..., 1:][run[..., :-1]] = torch.arange(layout.S_prompt, len(ids), device=device)
     banned = torch.tensor(banned, dtype=torch.int64, device=device)
     hidden = model.run(ids, positions, layout, batch, wanted=before[mask])
-    found = token_logp(hidden, model.head, rollout.ids[mask], temperature, banned)
-    logp, entropy = (torch.zeros(mask.shape, device=device).masked_scatter(mask, x) for x in found)
-    return logp, entropy
+    targets = rollout.ids[mask]
+    found = token_logp(hidden, model.head, targets, temperature, banned, entropies=entropies)
+    return tuple(None if x is None else torch.zeros(mask.shape, device=device).masked_scatter(
+        mask, x) for x in found)  # fmt: skip
 
 
 def text_logp(model: Qwen2VL, prompts: list[Prompt], targets: list[list[int]]) -> Tensor:
@@ -228,7 +233,7 @@ def text_logp(model: Qwen2VL, prompts: list[Prompt], targets: list[list[int]]) -
     at = learnt.nonzero()[:, 0]
     none = torch.empty(0, dtype=torch.int64, device=model.device)
     hidden = model.run(batch.ids, batch.positions, layout, batch, wanted=at - 1)
-    return token_logp(hidden, model.head, batch.ids[at], 1.0, none)[0]
+    return token_logp(hidden, model.head, batch.ids[at], 1.0, none, entropies=False)[0]
 
 
 def as_rollout(prompts: list[Prompt], targets: list[list[list[int]]], device="cpu") -> Rollout:

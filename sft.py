@@ -161,7 +161,7 @@ def sft_loss(model: Qwen2VL, prompts: list[Prompt], targets: list[list[int]], to
     if mask == "all":
         return -text_logp(model, prompts, targets).sum() / tokens
     rollout = as_rollout(prompts, [[ids] for ids in targets], model.device)
-    return -score(model, rollout)[0].sum() / tokens
+    return -score(model, rollout, entropies=False)[0].sum() / tokens
 
 
 # ---------------------------------------------------------------------------------------- the steps

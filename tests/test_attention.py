@@ -14,6 +14,7 @@ import math
 
 import pytest
 import torch
+from prompts import INF
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,6 +33,7 @@ from attention import (
     places,
     repack,
     unpack,
+    unseen,
 )
 
 H, K, D = 6, 2, 8  # heads, key heads, head width
@@ -147,27 +149,27 @@ def test_completions_average_what_they_may_see():
     q, k = torch.zeros(1, 1, 2, 1, 1), torch.randn(1, 1, 1, 2, 1)
     v = torch.tensor([5.0, 7.0]).view(1, 1, 1, 2, 1)
     prompt_k, prompt_v = torch.randn(1, 1, 2, 1), torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
-    causal = torch.tensor([[[0, 0, 0, 1], [0, 0, 0, 0]]]).bool()
+    causal = torch.tensor([[[0, 0, 0, -INF], [0, 0, 0, 0]]])
     y = attend_shared(q, k, v, prompt_k, prompt_v, causal)
     assert_near(y.flatten(), torch.tensor([3.0, 4.0]), 1e-6)
-    short = torch.tensor([[[0, 1, 0, 1], [0, 1, 0, 0]]]).bool()  # the prompt is one token long
+    short = torch.tensor([[[0, -INF, 0, -INF], [0, -INF, 0, 0]]])  # the prompt is one token long
     y = attend_shared(q, k, v, prompt_k, prompt_v, short)
     assert_near(y.flatten(), torch.tensor([3.0, 13 / 3]), 1e-6)
     y = attend_shared(q, k, v, prompt_k, prompt_v)  # nothing is hidden
     assert_near(y.flatten(), torch.tensor([4.0, 4.0]), 1e-6)
 
 
-@pytest.mark.parametrize("hidden_of", [(2, 2), (1, 2), (2, 1), (1, 1)])
-def test_attend_shared_is_one_softmax_over_prompt_and_own_keys(hidden_of):
-    """Naive twin: each completion, each head, alone; query head h reads key head h // R. What is
-    hidden may be told once for all prompts, and once for all tokens."""
+@pytest.mark.parametrize("mask_of", [(2, 2), (1, 2), (2, 1), (1, 1)])
+def test_attend_shared_is_one_softmax_over_prompt_and_own_keys(mask_of):
+    """Naive twin: each completion, each head, alone; query head h reads key head h // R. The mask
+    may be told once for all prompts, and once for all tokens."""
     B, G, T, S, L, d = 2, 3, 2, 4, 5, 4
     q, k, v = (random(B, G, *x, d, seed=i) for i, x in enumerate(((T, H), (K, S), (K, S))))
     prompt_k, prompt_v = (random(B, K, L, d, seed=i) for i in (3, 4))
-    hidden = random(*hidden_of, L + S, seed=5) > 0.5
-    hidden[..., [0, L]] = False
-    y = attend_shared(q, k, v, prompt_k, prompt_v, hidden)
-    seen = ~hidden.expand(B, T, L + S)
+    seen = random(*mask_of, L + S, seed=5) < 0.5
+    seen[..., [0, L]] = True
+    y = attend_shared(q, k, v, prompt_k, prompt_v, unseen(seen))
+    seen = seen.expand(B, T, L + S)
     assert 0 < seen.float().mean() < 1
     for b, g, t, h in torch.cartesian_prod(*map(torch.arange, (B, G, T, H))).tolist():
         j, keep = h // (H // K), seen[b, t]
@@ -291,14 +293,16 @@ def test_packed_tokens_go_to_their_rows_and_back():
 
 def test_what_is_hidden_from_completions_by_hand():
     """The end of a shorter prompt, and a completion's own later tokens."""
-    hidden = Layout([2, 3], [[0, 2], [1, 1]]).hidden.int().tolist()
-    assert hidden == [[[0, 0, 1, 0, 1], [0, 0, 1, 0, 0]], [[0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]]
+    mask = Layout([2, 3], [[0, 2], [1, 1]]).mask
+    assert (mask < 0).int().tolist() == [[[0, 0, 1, 0, 1], [0, 0, 1, 0, 0]],
+                                         [[0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]]  # fmt: skip
+    assert set(mask.unique().tolist()) == {0, -INF}
 
 
 def test_equal_lengths_are_not_copied_and_hide_the_same_from_all():
     layout = Layout([3, 3], [[2], [2]])
     assert layout.prompt_at is layout.completion_at is None
-    assert layout.hidden.int().tolist() == [[[0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]]
+    assert layout.mask.tolist() == [[[0, 0, 0, 0, -INF], [0, 0, 0, 0, 0]]]
     x = torch.arange(6.0)
     assert unpack(x, None, 2, 3).data_ptr() == x.data_ptr()
     assert repack(x.view(2, 3), None).data_ptr() == x.data_ptr()
@@ -354,6 +358,12 @@ def test_prompts_with_unequal_numbers_of_completions_are_refused():
 # ---------------------------------------------------------------------------------------- sampling
 
 
+@pytest.fixture(params=[512, 0], ids=["few", "many"])
+def either(request, monkeypatch):
+    """Own keys of a group behind its prompt's, and apart from them."""
+    monkeypatch.setattr(attention, "FEW", request.param)
+
+
 def make_cache(B=3, G=2, longest=6, room=5, fill=0.0, layers=1) -> Cache:
     """Its memory filled with `fill`, as if others had been there."""
     cache = Cache(layers, (B, G, K, D), longest, room, torch.float32, "cpu")
@@ -380,7 +390,7 @@ def advance(cache: Cache, B: int, G: int, span: int, seed: int):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_prompts_come_into_their_slots_and_others_stay(standing_in, packed):
+def test_prompts_come_into_their_slots_and_others_stay(standing_in, packed, either):
     """Into slots 2 and 0, the second of 2 tokens where one of 4 has been."""
     cache = make_cache(fill=7.0)
     enter(cache, [4, 3, 1], [0, 1, 2])
@@ -388,7 +398,8 @@ def test_prompts_come_into_their_slots_and_others_stay(standing_in, packed):
     before = [x[1].clone() for x in cache.layers[0]]
     new = enter(cache, [3, 2], [2, 0], seed=50, packed=packed)
     assert cache.lengths.tolist() == [0, 4, 0]
-    assert cache.seen.sum(1).tolist() == [2, 3, 3] and cache.seen[0].tolist()[:3] == [1, 1, 0]
+    assert (cache.mask == 0).sum(-1).tolist() == [[n] * cache.every for n in (2, 3, 3)]
+    assert cache.mask[0, 0].tolist()[:3] == [0, 0, -INF]
     for (k, v), slot in zip(new, (2, 0)):
         for x, own in zip((k, v), cache.layers[0]):
             assert torch.equal(own[slot, :, : len(x)], x.transpose(0, 1))
@@ -396,7 +407,7 @@ def test_prompts_come_into_their_slots_and_others_stay(standing_in, packed):
 
 
 @pytest.mark.parametrize("fill", [0.0, 1e9])
-def test_steps_of_slots_at_different_lengths_are_those_of_each_completion_alone(fill):
+def test_steps_of_slots_at_different_lengths_are_those_of_each_completion_alone(fill, either):
     """Three prompts; after two steps the middle slot gets a new one. What fills the unused places
     of the cache, and what the old prompt and its completions left there, reaches no token."""
     cache, G = make_cache(fill=fill), 2
@@ -415,27 +426,36 @@ def test_steps_of_slots_at_different_lengths_are_those_of_each_completion_alone(
     assert cache.lengths.tolist() == [4, 2, 4]
 
 
-def test_a_step_reads_and_writes_the_first_slots_and_completions_alone():
+def own_of(cache: Cache) -> list[Tensor]:
+    """Own keys and values, each (B, G, room, K, d)."""
+    if not cache.few:
+        return [x.transpose(2, 3) for x in cache.layers[0][2:]]
+    own = (x[:, :, cache.longest :] for x in cache.layers[0])
+    return [x.unflatten(2, (-1, cache.every)).permute(0, 3, 2, 1, 4) for x in own]
+
+
+def test_a_step_reads_and_writes_the_first_slots_and_completions_alone(either):
     cache = make_cache(B=3, G=2)
     enter(cache, [4, 6, 1], [0, 1, 2])
-    before = [x.clone() for x in cache.layers[0]]
+    before = [x.clone() for x in (*cache.layers[0], *own_of(cache))]
     advance(cache, 2, 1, 3, seed=5)
-    for x, old in zip(cache.layers[0], before):
-        changed = (x != old).nonzero()
-        assert all(b < 2 and g == 0 and t == 0 for b, g, _, t, _ in changed.tolist())
-    assert (cache.layers[0][2] != before[2]).any(), "keys were written"
+    for x, old in zip(own_of(cache), before[-2:]):
+        changed = (x != old).any(-1).any(-1)  # (B, G, room)
+        assert changed.nonzero().tolist() == [[0, 0, 0], [1, 0, 0]]
+    for x, old in zip(cache.layers[0][:2], before):
+        assert torch.equal(x[:, :, : cache.longest], old[:, :, : cache.longest])
 
 
-def test_a_full_slot_goes_on_and_writes_only_its_own_last_place():
+def test_a_full_slot_goes_on_and_writes_only_its_own_last_place(either):
     """Slot 0 has 5 tokens of 5, slot 1 three. What a full slot gives is not read."""
     cache = make_cache(B=2)
     names = enter(cache, [4, 6], [0, 1])
     seen = [advance(cache, 2, 2, 5, seed=20 * t) for t in range(3)]
     cache.lengths[0] = 5
-    before = [x.clone() for x in cache.layers[0]]
+    before = [x.clone() for x in own_of(cache)]
     q, k, v, y = advance(cache, 2, 2, 5, seed=90)
-    for x, old in zip(cache.layers[0][2:], before[2:]):
-        places = (x != old).any(-1).any(2).nonzero()
+    for x, old in zip(own_of(cache), before):
+        places = (x != old).any(-1).any(-1).nonzero()
         assert {(b, t) for b, _, t in places.tolist()} == {(0, 4), (1, 3)}
     for g in range(2):
         own = [torch.stack([*(s[i][1, g] for s in seen), new[1, g]]) for i, new in ((1, k), (2, v))]
@@ -445,7 +465,7 @@ def test_a_full_slot_goes_on_and_writes_only_its_own_last_place():
 
 
 @pytest.mark.parametrize("span", [3, 4, 5])
-def test_how_far_a_step_looks_changes_nothing_if_it_is_far_enough(span):
+def test_how_far_a_step_looks_changes_nothing_if_it_is_far_enough(span, either):
     cache = make_cache(fill=1e9)
     enter(cache, [4, 6, 1], [0, 1, 2])
     for t in range(2):
@@ -453,13 +473,41 @@ def test_how_far_a_step_looks_changes_nothing_if_it_is_far_enough(span):
     other = make_cache(fill=1e9)
     for x, y in zip(other.layers[0], cache.layers[0]):
         x.copy_(y)
-    other.lengths, other.seen = cache.lengths.clone(), cache.seen.clone()
+    for key in ("lengths", "mask", "place"):
+        setattr(other, key, getattr(cache, key).clone())
     assert_near(advance(cache, 3, 2, span, 9)[3], advance(other, 3, 2, 5, 9)[3])
-    assert Step(other, 3, 2, 4).hidden.shape == (3, 1, 6 + 4)
+    shape = (3, 2, 6 + 4 * 2) if cache.few else (3, 1, 6 + 4)
+    assert Step(other, 3, 2, 4).mask.shape == shape
 
 
-def test_keep_moves_slots_and_completions_and_what_is_theirs_by_hand():
+def test_few_own_keys_stand_behind_the_prompts_and_each_sees_its_own_by_hand():
+    """A prompt of 2 tokens in a place for 3; two completions with 2 tokens each, then one of them
+    alone with a third: columns 3 + 2 t and, of the second, 4 + 2 t."""
+    cache = make_cache(B=1, G=2, longest=3, room=4)
+    assert cache.few and [x.shape for x in cache.layers[0]] == [(1, K, 3 + 8, D)] * 2
+    enter(cache, [2], [0])
+    first = Step(cache, 1, 2, 1)
+    assert first.column.tolist() == [[3, 4]]
+    assert first.mask.tolist() == [[[0, 0, -INF, 0, -INF], [0, 0, -INF, -INF, 0]]]
+    cache.lengths += 1
+    assert Step(cache, 1, 2, 2).mask[0, 1].tolist() == [0, 0, -INF, -INF, 0, -INF, 0]
+    cache.lengths += 1
+    cache.keep(torch.tensor([0]), torch.tensor([[1]]), 2)
+    alone = Step(cache, 1, 1, 3)
+    assert alone.column.tolist() == [[8]]
+    assert alone.mask.tolist() == [[[0, 0, -INF, -INF, 0, -INF, 0, -INF, 0]]]
+    enter(cache, [3], [0])
+    assert Step(cache, 1, 2, 1).mask.tolist() == [[[0, 0, 0, 0, -INF], [0, 0, 0, -INF, 0]]]
+
+
+def test_own_keys_stand_apart_where_a_group_has_many(monkeypatch):
+    monkeypatch.setattr(attention, "FEW", 9)
+    assert make_cache(G=3, room=3).few and not make_cache(G=2, room=5).few
+
+
+def test_keep_moves_slots_and_completions_and_what_is_theirs_by_hand(monkeypatch):
     """Of 3 x 3 stay slots 2 and 0, with completions (2, 0) and (1, 2); of 4 own places 2 count."""
+    monkeypatch.setattr(attention, "FEW", 0)
     cache = Cache(1, (3, 3, 1, 1), 2, 4, torch.float32, "cpu")
     k, v, own_k, own_v = cache.layers[0]
     k[:, 0, :, 0] = torch.tensor([[1.0, 2], [3, 4], [5, 6]])
@@ -469,8 +517,8 @@ def test_keep_moves_slots_and_completions_and_what_is_theirs_by_hand():
     v.copy_(-k)
     own_v.copy_(-own_k)
     cache.lengths[:] = torch.tensor([7, 8, 9])
-    cache.seen[:] = torch.tensor([[1, 0], [0, 0], [1, 1]]).bool()
-    at = [x.data_ptr() for x in (*cache.layers[0], cache.lengths, cache.seen)]
+    cache.mask[..., :2] = torch.tensor([[0, -INF], [-INF, -INF], [0, 0]])[:, None]
+    at = [x.data_ptr() for x in (*cache.layers[0], cache.lengths, cache.mask)]
     cache.keep(torch.tensor([2, 0]), torch.tensor([[2, 0], [1, 2]]), 2)
     for x, sign in ((k, 1), (v, -1)):
         assert (sign * x[:2].flatten()).tolist() == [5, 6, 1, 2]
@@ -478,19 +526,19 @@ def test_keep_moves_slots_and_completions_and_what_is_theirs_by_hand():
         assert (sign * x[:2, :2, 0, 0, 0]).tolist() == [[8, 6], [1, 2]]
         assert (sign * x[:2, :2, 0, 1, 0]).tolist() == [[18, 16], [11, 12]]
     assert cache.lengths[:2].tolist() == [9, 7]
-    assert cache.seen[:2].int().tolist() == [[1, 1], [1, 0]]
-    now = (*cache.layers[0], cache.lengths, cache.seen)
+    assert cache.mask[:2, 0, :2].tolist() == [[0, 0], [0, -INF]]
+    now = (*cache.layers[0], cache.lengths, cache.mask)
     assert [x.data_ptr() for x in now] == at, "a CUDA graph reads them where they were"
 
 
-@pytest.mark.parametrize("few", [1, 2])
-def test_those_who_stay_go_on_as_if_nobody_had_left(few):
+@pytest.mark.parametrize("stay", [1, 2])
+def test_those_who_stay_go_on_as_if_nobody_had_left(stay, either):
     cache = make_cache(fill=1e9)
     names = enter(cache, [4, 6, 1], [0, 1, 2])
     seen = [advance(cache, 3, 2, 5, seed=20 * t) for t in range(3)]
-    slots, rows = torch.tensor([2, 0])[:few], torch.tensor([[1], [0]])[:few]
+    slots, rows = torch.tensor([2, 0])[:stay], torch.tensor([[1], [0]])[:stay]
     cache.keep(slots, rows, 3)
-    q, k, v, y = advance(cache, few, 1, 4, seed=90)
+    q, k, v, y = advance(cache, stay, 1, 4, seed=90)
     for i, (b, g) in enumerate(zip(slots.tolist(), rows[:, 0].tolist())):
         own = [torch.stack([*(s[j][b, g] for s in seen), new[i, 0]]) for j, new in ((1, k), (2, v))]
         every = [torch.cat(pair) for pair in zip(names[b], own)]

@@ -393,7 +393,7 @@ def test_the_estimators_of_other_systems_are_those_of_the_naive_twin(
                               reference)
         assert len(seen) == len(expected) == cfg.minibatches * cfg.updates_per_batch
         apart = [distance(*both) for both in zip(seen, expected)]
-        assert apart[0] < 1e-5 and max(apart) < 1e-4  # which each step makes larger
+        assert apart[0] < 1e-5 and max(apart) < 3e-4  # which each step makes larger
     assert found["skipped"] == 0 and ("kl" in found) == bool(cfg.beta)
     if cfg.minibatches == 1:
         assert found["loss"] == pytest.approx(naive["loss"], abs=1e-5)

@@ -359,7 +359,7 @@ def test_the_cache_has_a_place_for_those_in_work_alone(made, monkeypatch):
     sample(made.model, made.processor, made.prompts, 3, 4, slots=2)
     sample(made.model, made.processor, made.prompts, 3, 4, slots=9)
     assert [len(room.cache.lengths) for room in made_rooms] == [2, 4]
-    assert [x.shape[0] for x in made_rooms[0].cache.layers[0]] == [2] * 4
+    assert {x.shape[0] for x in made_rooms[0].cache.layers[0]} == {2}
 
 
 @pytest.mark.parametrize("slots", [None, 1, 2])
@@ -423,7 +423,7 @@ def test_every_tensor_of_a_room_stays_where_it_is(made):
     room, weights = room_of(made, made.prompts, 2), dict(made.model.named_parameters())
     drawn(made, room, made.prompts, 2)
     before = {k: (x, x.data_ptr()) for k, x in {**tensors_of(room), **weights}.items()}
-    assert len(before) > 20 + len(weights)
+    assert len(before) > 16 + len(weights)
     drawn(made, room, made.prompts[::-1], 2, seed=1, temperature=0.5)
     after = {**tensors_of(room), **dict(made.model.named_parameters())}
     assert {k: x.data_ptr() for k, x in after.items()} == {k: at for k, (_, at) in before.items()}
@@ -561,7 +561,7 @@ def test_keeping_moves_all_that_is_of_a_slot_by_hand(made):
     assert room.first[:2, :1].tolist() == [[70], [0]] and room.token[:2, :1].tolist() == [[6], [3]]
     assert room.cache.lengths[:2].tolist() == [9, 8]
     for x in room.cache.layers[1]:
-        x = x[:2, :1, :, :5] if x.dim() == 5 else x[:2]
+        x = x[:2]
         assert x.flatten(1).amin(1).tolist() == x.flatten(1).amax(1).tolist() == [2, 1]
 
 
