@@ -54,15 +54,17 @@ def mrope_positions(layout: list[int | tuple]) -> Tensor:
     A video of Qwen2.5-VL has a fourth number, the positions from a moment to the next:
     tokens_per_second x seconds per moment, rounded down once multiplied (arXiv 2502.13923, 2.1.2).
     """
-    blocks, start = [], 0
-    for part in layout:
+    sizes = [part if isinstance(part, int) else math.prod(part[:3]) for part in layout]
+    out, start, first = np.empty((3, sum(sizes)), np.int64), 0, 0
+    for part, size in zip(layout, sizes):
+        place, first = out[:, first : first + size], first + size
         if isinstance(part, int):
-            blocks.append(start + np.tile(np.arange(part), (3, 1)))
+            place[:] = np.arange(start, start + part)
             start += part
         else:
             at = np.indices(part[:3]).reshape(3, -1)
             if len(part) == 4:
                 at[0] = at[0].astype(np.float32) * np.float32(part[3])
-            blocks.append(start + at)
+            place[:] = start + at
             start += int(at.max()) + 1
-    return torch.from_numpy(np.concatenate(blocks, axis=1))
+    return torch.from_numpy(out)
