@@ -57,11 +57,21 @@ def core(*tensors: Tensor) -> list[Tensor]:
     return [x.float() if x.device.type in EXACT else half(x) for x in tensors]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
-    """F.scaled_dot_product_attention in `core` precision."""
+SHORT = 128  # tokens up to which products and a softmax take less time on a CPU than PyTorch's own
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """q (N, H, L, d), k and v (N, K, L, d) -> (N, H, L, d), all of a sequence to all, or to what is
+    not later."""
     q, k, v = core(q, k, v)
+    (N, H, L, d), K = q.shape, k.shape[1]
     with torch.autocast(device_of(q), enabled=False):
-        return F.scaled_dot_product_attention(q, k, v, **how)
+        if q.device.type not in EXACT or L > SHORT:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=H > K)
+        scores = ((q * d**-0.5).reshape(N, K, -1, d) @ k.mT).view(N, H, L, L)
+        if causal:
+            scores += unseen(torch.ones(L, L, dtype=torch.bool, device=q.device).tril())
+        return (scores.softmax(-1).view(N, K, -1, L) @ v).view(N, H, L, d)
 
 
 def attend_shared(q, k, v, prompt_k, prompt_v, mask=None) -> Tensor:
@@ -185,7 +195,7 @@ class Layout:
                 own[self.slots, :, : self.L] = new.to(own.dtype)
         if self.packed:
             return attend_packed(q, k, v, self.packed)
-        y = attend(qp, kp, vp, is_causal=True, enable_gqa=True)
+        y = attend(qp, kp, vp, causal=True)
         out = [repack(y.transpose(1, 2), self.prompt_at)]
         if self.T:
             rows, shape = self.B * self.G, (self.B, self.G, self.T, -1, d)
