@@ -60,6 +60,14 @@ def core(*tensors: Tensor) -> list[Tensor]:
 SHORT = 128  # tokens up to which products and a softmax take less time on a CPU than PyTorch's own
 
 
+def spare(x: Tensor) -> int:
+    """Rows to be added to x so that few numbers of rows occur: on a CPU in half precision, where
+    oneDNN makes, and keeps, a kernel for each number that it meets."""
+    kind = x.device.type
+    few = kind in EXACT and kind == "cpu" and torch.is_autocast_enabled("cpu")
+    return -len(x) % (128 if len(x) > 1024 else 16) if few else 0
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """q (N, H, L, d), k and v (N, K, L, d) -> (N, H, L, d), all of a sequence to all, or to what is
     not later."""

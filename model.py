@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adapter import read_weights
-from attention import Cache, Layout, Step, attend, half
+from attention import Cache, Layout, Step, attend, half, spare
 from checkpoint import (
     ModelConfig,
     VisionConfig,
@@ -267,10 +267,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos, sin, lay: Layout | Step, kept=None, wanted=None):
         """x (S, D) -> (S, D), or (W, D) of the rows wanted (W,). kept: this layer of a Cache."""
-        x = half(x)
+        x, n = half(x), len(cos)  # rows beyond n are spare
         q, k, v = (p(x).view(len(x), -1, self.d) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (q[:n], k[:n], v[:n]) if n < len(x) else (q, k, v)
         y = lay.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, kept)
-        return self.o_proj(rows_of(y.flatten(1), wanted))
+        return self.o_proj(rows_of(with_rows(y.flatten(1), len(x) - n), wanted))
+
+
+def with_rows(x: Tensor, n: int) -> Tensor:
+    """x (S, ...) with n rows of zeros behind it."""
+    return F.pad(x, (0,) * (2 * x.ndim - 1) + (n,)) if n else x
 
 
 def rows_of(x: Tensor, wanted: Tensor | None) -> Tensor:
@@ -304,9 +310,12 @@ class Decoder(nn.Module):
         if isinstance(positions, Tensor):
             positions = mrope(positions, cfg.head_dim, cfg.rope_theta, cfg.mrope_section)
         cos, sin = positions
+        n = len(x if wanted is None else wanted)
+        x = with_rows(x, spare(x))
+        wanted = wanted if wanted is None else with_rows(wanted, spare(wanted))
         for layer, kept in zip(self.layers, cache.layers if cache else itertools.repeat(None)):
             x = layer(x, cos, sin, lay, kept, wanted if layer is last else None)
-        return self.norm(x)
+        return self.norm(x)[:n]
 
 
 class Qwen2VL(nn.Module):

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from prompts import (
     EXAMPLES,
     INF,
@@ -30,6 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig
 
+import model
+import rollout as rollout_module
+from attention import spare
 from data import Example
 from live import Live
 from model import Qwen2VL
@@ -227,6 +231,44 @@ def test_under_bfloat16_autocast_the_two_stay_near_each_other(made, slots):
     assert far.max() < 0.03 and far.exp().mean() < 1.003, "the mismatch of grpo.update"
     exact, _ = score(made.model, out, 1.0, made.processor.banned_ids)
     assert 0 < (exact - scored).abs().max() < 0.1
+
+
+def test_spare_rows_change_no_log_prob_and_no_gradient(made, monkeypatch):
+    """On a CPU in bfloat16 packed rows are filled up to a multiple of 16: against none spared."""
+    rollout = sample(made.model, made.processor, made.prompts, 3, 5, seed=2)
+    shapes, product = [], F.linear
+
+    def watched(x, *rest):
+        shapes.append(len(x))
+        return product(x, *rest)
+
+    def scored():
+        made.model.zero_grad()
+        shapes.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            logp, entropy = score(made.model, rollout)
+        logp.sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in made.model.parameters()])
+        return logp.detach(), entropy, gradient, {n for n in shapes if n % 16}
+
+    monkeypatch.setattr(F, "linear", watched)
+    *filled, odd = scored()
+    for module in (model, rollout_module):
+        monkeypatch.setattr(module, "spare", lambda x: 0)
+    *plain, more = scored()
+    made.model.zero_grad()
+    assert len(odd) < len(more), "what is left is the vision tower's"
+    for a, b in zip(filled, plain):
+        assert (a - b).norm() < 1e-3 * b.norm()
+
+
+def test_spare_rows_make_few_numbers_of_rows_and_none_in_float32():
+    lengths = range(5000)
+    assert not any(spare(torch.empty(n, 1)) for n in lengths)
+    with torch.autocast("cpu", torch.bfloat16):
+        filled = [n + spare(torch.empty(n, 1)) for n in lengths]
+    assert all(n <= m < n + 128 for n, m in zip(lengths, filled)) and len({*filled}) == 65 + 32
+    assert [filled[n] for n in (0, 1, 16, 17, 1024, 1025)] == [0, 16, 16, 32, 1024, 1152]
 
 
 def test_frequencies_of_samples_match_the_models_probabilities(made):
