@@ -7,7 +7,8 @@
 An ask is a prompt with places for what is known: {problem}, {answer} (the gold one), {text} (what a
 row that is itself an answer says) and the fields of the asks before it. Its answers are kept line
 by line in OUT_FIELD.jsonl beside OUT: each ask can be killed and goes on, and what another teacher
-said, or what was said to another prompt, is refused before more is asked. When all are there OUT is
+said, or what was said to another prompt, at another temperature or seed, or with other tokens to
+say it in, is refused before more is asked. When all are there OUT is
 written from them, and what is not to be used to OUT_rejected.jsonl with its reason, both whole. A
 question that gets no answer is told at the end; the others go on without it. One whose answer is
 empty, from which no later ask could go on, is rejected.
@@ -27,7 +28,7 @@ from pack import pictures, question_of
 from rewards import gold_answer
 from rows import load_examples
 from shards import digest
-from teachers import Asks, Question, find_teacher
+from teachers import Asks, Question, check_key, find_teacher
 from traces import after_thought, read_rows, resumed, tell_failed, tell_reasons, whole
 
 
@@ -89,6 +90,7 @@ class Run:
         self.cfg, self.said, self.count = cfg, {}, 0
         for path in (cfg.out, *(named(cfg.out, x) for x in ("rejected", *(a.field for a in asks)))):
             check_out(path, cfg.data)
+        check_key(cfg)
         who = {True: (cfg.teacher, cfg.key_env)}  # whether pictures are shown: who is asked
         who[False] = who[True] if cfg.reasoner is None else (cfg.reasoner, cfg.reasoner_key_env)
         self.teachers = {a.sees: find_teacher(who[a.sees][0], cfg, who[a.sees][1]) for a in asks}
@@ -136,9 +138,10 @@ class Run:
         with resumed(path, wanted, teacher.name) as (_, append):
             there = Said(path, ask)
             for unit in filter(there.__contains__, ready):
-                if there[unit].get("asked") != stamp(self.question(ask, unit)):
-                    raise ValueError(f"{path} holds an answer for {unit.id} to another prompt; "
-                                     "remove it, or give another --out")
+                if there[unit].get("asked") != stamp(self.question(ask, unit), self.cfg):
+                    raise ValueError(f"{path} holds an answer for {unit.id} to another prompt, "
+                                     "or of another temperature, seed or max_new; remove it, or "
+                                     "give another --out")  # fmt: skip
             left = [unit for unit in ready if unit not in there]
             self.count += len(left)
             print(f"{ask.field}: {len(ready) - len(left)} answers are there, {len(left)} are asked "
@@ -146,7 +149,7 @@ class Run:
 
             def keep(unit: Unit, answer: dict):
                 append({**self.head(unit), "teacher": teacher.name,
-                        "asked": stamp(self.question(ask, unit)), **answer})
+                        "asked": stamp(self.question(ask, unit), self.cfg), **answer})
 
             asked = ((unit, self.question(ask, unit)) for unit in left)
             failed = teacher.ask(asked, keep, len(left), ask.field)
@@ -201,8 +204,8 @@ def ask_all(cfg: Asks, asks: Sequence[Ask], row: Callable, unfit: Callable | Non
 
 
 def named(out: str, field: str) -> str:
-    """OUT_FIELD.jsonl of OUT.jsonl."""
-    return f"{Path(out).with_suffix('').as_posix()}_{field}.jsonl"
+    """OUT_FIELD.jsonl of OUT.jsonl, and of OUT."""
+    return f"{Path(out).as_posix().removesuffix('.jsonl')}_{field}.jsonl"
 
 
 def text_of(example: Example) -> str:
@@ -211,9 +214,10 @@ def text_of(example: Example) -> str:
     return text.strip() and text if isinstance(text, str) else ""
 
 
-def stamp(question: Question) -> str:
-    """Short, and another one for another prompt."""
-    return digest(question.text, question.opening)[:12]
+def stamp(question: Question, cfg: Asks) -> str:
+    """Short, and another one for another prompt, and for another way to answer it."""
+    how = cfg.temperature, cfg.max_new, question.seed
+    return digest(question.text, question.opening, json.dumps(how))[:12]
 
 
 def carried(example: Example, *more: str) -> dict:

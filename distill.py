@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import bridge
 import chat
+from asking import named
 from boxes import View, gold_boxes
 from config import nearest, opt, parse
 from data import Processor
@@ -220,7 +221,7 @@ class Verify:
 def verify(cfg: Verify) -> Counter:
     """Sorts answers into those to learn from and the rest, which is told why. Both files are in the
     order of the questions' ids, in whatever order the answers came. Returns the counts."""
-    out, rest = Path(cfg.out), Path(cfg.out).with_suffix("").as_posix() + "_rejected.jsonl"
+    out, rest = Path(cfg.out), named(cfg.out, "rejected")
     for name in (cfg.out, rest):
         check_out(name, cfg.data)
     loaded, found = load_rewards(cfg.rewards) if cfg.rewards else [], []

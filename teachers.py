@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
@@ -92,10 +93,21 @@ class Reasons(Asks):
 
     reasoner: str | None = opt(None, "who reads only, named as the teacher is; default: the "
                                      "teacher, without the pictures")
-    reasoner_key_env: str | None = opt(None, "that of the reasoner's server; default: key_env")
+    reasoner_key_env: str | None = opt(None, "that of the reasoner's server; default: key_env, "
+                                             "if both are on one machine")
     n: int = opt(1, "answers for each question", least=1)
     opening: str = opt("", "with which the reasoner's answers open: <think> for a model that does "
                            "not think by itself")
+
+
+def check_key(how: Asks) -> None:
+    """ValueError where the reasoner's machine would be sent the key of the teacher's."""
+    hosts = [urlsplit(f"http{(name or '').partition('@http')[2]}").hostname
+             for name in (how.teacher, how.reasoner)]  # fmt: skip
+    if all(hosts) and hosts[0] != hosts[1] and not how.reasoner_key_env:
+        raise ValueError(f"reasoner {how.reasoner}: {hosts[1]} is not sent the key of {hosts[0]}; "
+                         "name the environment variable that holds its own by --reasoner_key_env, "
+                         f"or {how.key_env} again if it is the same")  # fmt: skip
 
 
 def find_teacher(name: str, how: Asks, key_env: str | None = None):

@@ -18,12 +18,14 @@ from tiny_checkpoint import make_checkpoint, picture
 import asking
 import letters
 import sft
+from asking import named
 from bridge import OPENINGS
 from data import Processor
 from distill import main
 from images import open_image
 from model import Qwen2VL
 from rows import load_examples
+from teachers import Reasons, check_key
 
 
 def questions(n: int, size: int = 56) -> list[dict]:
@@ -253,6 +255,38 @@ def test_other_words_are_refused_before_anything_is_asked():
         told = refused(["bridge", *teachers.words, "--opening", "<think>"])
         assert "answers_text.jsonl holds an answer for q0 to another prompt" in told
         assert len(teachers.asked) == asked and Path("d/answers_text.jsonl").read_bytes() == kept
+
+
+@pytest.mark.parametrize("more", [["--temperature", ".5"], ["--seed", "1"], ["--max_new", "9"]])
+def test_answers_given_in_another_way_are_not_mixed_with_new_ones(more):
+    questions(2)
+    with Teachers(EYE, {"The image, in words": thinks}) as teachers:
+        main(["bridge", *teachers.words])
+        asked = len(teachers.asked)
+        told = refused(["bridge", *teachers.words, *more])
+        assert "or of another temperature, seed or max_new" in told and len(teachers.asked) == asked
+
+
+def test_no_machine_is_sent_the_key_of_another(monkeypatch):
+    """Refused before a row is read. Two servers of one machine share a key, as long as none is
+    named."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    words = ["bridge", "--teacher", "a@https://one.example/v1", "--reasoner"]
+    told = refused([*words, "b@http://two.example:8000/v1"])
+    assert "two.example is not sent the key of one.example" in told
+    assert "--reasoner_key_env, or OPENAI_API_KEY again" in told
+    for name, own in (("b@https://one.example:1/v1", None), ("b@http://two.example/v1", "MINE"),
+                      ("runs/b", None)):  # fmt: skip
+        check_key(Reasons(teacher="a@https://one.example/v1", reasoner=name, reasoner_key_env=own))
+    check_key(Reasons(teacher="runs/a", reasoner="b@http://two.example/v1"))
+
+
+@pytest.mark.parametrize("out, field", [
+    ("d/answers.jsonl", "d/answers_text.jsonl"), ("d/v1.2", "d/v1.2_text.jsonl"),
+    ("d/v1.3", "d/v1.3_text.jsonl"), ("a.b/c.d.jsonl", "a.b/c.d_text.jsonl"),
+])  # fmt: skip
+def test_what_stands_beside_a_file_has_its_whole_name(out, field):
+    assert named(out, "text") == field
 
 
 def test_a_text_in_a_place_opens_no_other_place():
