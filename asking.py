@@ -6,12 +6,12 @@
 
 An ask is a prompt with places for what is known: {problem}, {answer} (the gold one), {text} (what a
 row that is itself an answer says) and the fields of the asks before it. Its answers are kept line
-by line in OUT_FIELD.jsonl beside OUT: each ask can be killed and goes on, and what another teacher
-said, or what was said to another prompt, at another temperature or seed, or with other tokens to
-say it in, is refused before more is asked. When all are there OUT is
-written from them, and what is not to be used to OUT_rejected.jsonl with its reason, both whole. A
-question that gets no answer is told at the end; the others go on without it. One whose answer is
-empty, from which no later ask could go on, is rejected.
+by line in OUT_FIELD.jsonl beside OUT: each ask can be killed and goes on. What another teacher
+said, or what was said to another prompt, at another temperature or with another max_new (by a
+checkpoint: or seed), is refused before more is asked. When all are there OUT is written from them,
+and what is not to be used to OUT_rejected.jsonl with its reason, both whole. A question that gets
+no answer is told at the end; the others go on without it. One whose answer is empty, from which no
+later ask could go on, is rejected.
 """
 
 import json
@@ -28,7 +28,7 @@ from pack import pictures, question_of
 from rewards import gold_answer
 from rows import load_examples
 from shards import digest
-from teachers import Asks, Question, check_key, find_teacher
+from teachers import Asks, Question, Served, check_key, find_teacher
 from traces import after_thought, read_rows, resumed, tell_failed, tell_reasons, whole
 
 
@@ -138,9 +138,9 @@ class Run:
         with resumed(path, wanted, teacher.name) as (_, append):
             there = Said(path, ask)
             for unit in filter(there.__contains__, ready):
-                if there[unit].get("asked") != stamp(self.question(ask, unit), self.cfg):
+                if there[unit].get("asked") != self.stamp(ask, unit):
                     raise ValueError(f"{path} holds an answer for {unit.id} to another prompt, "
-                                     "or of another temperature, seed or max_new; remove it, or "
+                                     "or of another temperature, max_new or seed; remove it, or "
                                      "give another --out")  # fmt: skip
             left = [unit for unit in ready if unit not in there]
             self.count += len(left)
@@ -149,12 +149,19 @@ class Run:
 
             def keep(unit: Unit, answer: dict):
                 append({**self.head(unit), "teacher": teacher.name,
-                        "asked": stamp(self.question(ask, unit), self.cfg), **answer})
+                        "asked": self.stamp(ask, unit), **answer})
 
             asked = ((unit, self.question(ask, unit)) for unit in left)
             failed = teacher.ask(asked, keep, len(left), ask.field)
         self.said[ask.field] = Said(path, ask)
         return {(unit.id, f"{ask.field} {unit.sample}"): why for unit, why in failed.items()}
+
+    def stamp(self, ask: Ask, unit: Unit) -> str:
+        """Short, and another one for another prompt, and for another way to answer it."""
+        question, hot = self.question(ask, unit), self.cfg.temperature
+        how = hot if hot is None else float(hot), self.cfg.max_new
+        seed = None if isinstance(self.teachers[ask.sees], Served) else question.seed
+        return digest(question.text, question.opening, json.dumps((*how, seed)))[:12]
 
     def head(self, unit: Unit) -> dict:
         name, problem, solution = self.asked[unit.i]
@@ -212,12 +219,6 @@ def text_of(example: Example) -> str:
     """What a row says that is itself an answer, or ""."""
     text = example.extra.get("text")
     return text.strip() and text if isinstance(text, str) else ""
-
-
-def stamp(question: Question, cfg: Asks) -> str:
-    """Short, and another one for another prompt, and for another way to answer it."""
-    how = cfg.temperature, cfg.max_new, question.seed
-    return digest(question.text, question.opening, json.dumps(how))[:12]
 
 
 def carried(example: Example, *more: str) -> dict:

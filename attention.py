@@ -7,11 +7,13 @@ gradient. It is exact; tests/test_model.py compares it with the repeated batch.
 What attention computes in: bfloat16 on a GPU, where autocast says so; float32 on a CPU in any case,
 since bfloat16 attention takes twice as long in its backward pass there (LOG.md).
 
-Three ways to run it, one softmax:
+Four ways to run it, one softmax:
 - `attend_packed`, a GPU in half precision: one call of variable-length flash attention for prompts
   and completions, without padding; the keys of a prompt are gathered for each completion.
 - `attend_shared`, anywhere: padded rows; the keys of a prompt are read once per group.
-- `attend`: PyTorch's own, for prompts and for the frames of the vision tower.
+- `Step.attend_few`, a token of each completion where a group has few of them: its keys are one row.
+- `attend`: PyTorch's own, for prompts and for the frames of the vision tower; of short ones, on a
+  CPU, products and a softmax.
 
 Letters: B prompts, G completions per prompt, L prompt tokens, T completion tokens, S packed tokens,
 N sequences, H heads, K key/value heads, R = H/K, d head width.
@@ -57,15 +59,15 @@ def core(*tensors: Tensor) -> list[Tensor]:
     return [x.float() if x.device.type in EXACT else half(x) for x in tensors]
 
 
-SHORT = 128  # tokens up to which products and a softmax take less time on a CPU than PyTorch's own
-
-
 def spare(x: Tensor) -> int:
     """Rows to be added to x so that few numbers of rows occur: on a CPU in half precision, where
     oneDNN makes, and keeps, a kernel for each number that it meets."""
     kind = x.device.type
     few = kind in EXACT and kind == "cpu" and torch.is_autocast_enabled("cpu")
     return -len(x) % (128 if len(x) > 1024 else 16) if few else 0
+
+
+SHORT = 128  # tokens up to which products and a softmax take less time on a CPU than PyTorch's own
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
@@ -76,10 +78,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     with torch.autocast(device_of(q), enabled=False):
         if q.device.type not in EXACT or L > SHORT:
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=H > K)
-        scores = ((q * d**-0.5).reshape(N, K, -1, d) @ k.mT).view(N, H, L, L)
+        scores = ((q * d**-0.5).reshape(N, K, H // K * L, d) @ k.mT).view(N, H, L, L)
         if causal:
             scores += unseen(torch.ones(L, L, dtype=torch.bool, device=q.device).tril())
-        return (scores.softmax(-1).view(N, K, -1, L) @ v).view(N, H, L, d)
+        return (scores.softmax(-1).view(N, K, H // K * L, L) @ v).view(N, H, L, d)
 
 
 def attend_shared(q, k, v, prompt_k, prompt_v, mask=None) -> Tensor:
@@ -109,7 +111,7 @@ def attend_shared(q, k, v, prompt_k, prompt_v, mask=None) -> Tensor:
 def unseen(seen: Tensor) -> Tensor:
     """What is added to scores, float32: 0 where a key is seen, -inf where it is not. Added, since
     that has no backward pass, and is a tenth of the work of writing where a mask says so."""
-    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
+    return torch.full(seen.shape, -torch.inf, device=seen.device).masked_fill_(seen, 0.0)
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, packed: "Packed") -> Tensor:
@@ -181,13 +183,17 @@ class Layout:
         self.T, self.G = max(flat, default=0), len(flat) // max(1, len(completions))
         self.completion_at = places(flat, device)
         self.prompt_seen = torch.arange(self.L, device=device) < self.prompt_lengths[:, None]
-        ragged, T = self.S_prompt != self.B * self.L, self.T
-        own = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        prompt = (self.prompt_seen if ragged else self.prompt_seen[:1])[:, None]  # (B or 1, 1, L)
-        parts = prompt.expand(-1, T, -1), own.expand(len(prompt), -1, -1)
-        self.mask = unseen(torch.cat(parts, -1))
         packed = halved(device) if packed is None else packed
         self.packed = Packed(prompts, completions, device) if packed else None
+        self.mask = None if packed else self.seen_by_completions()
+
+    def seen_by_completions(self) -> Tensor:
+        """The mask (B or 1, T, L + T) of `attend_shared`; 1 where prompts are of equal length."""
+        ragged, T = self.S_prompt != self.B * self.L, self.T
+        prompt = (self.prompt_seen if ragged else self.prompt_seen[:1])[:, None]  # (B or 1, 1, L)
+        own = torch.ones(T, T, dtype=torch.bool, device=prompt.device).tril()
+        parts = prompt.expand(-1, T, -1), own.expand(len(prompt), -1, -1)
+        return unseen(torch.cat(parts, -1))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kept=None) -> Tensor:
         """q (S, H, d), k, v (S, K, d) -> (S, H, d). kept: a layer of a Cache, which then holds the
@@ -248,21 +254,20 @@ def repack(x: Tensor, at: Tensor | None) -> Tensor:
 
 # ---------------------------------------------------------------------------------------- sampling
 
-
 FEW = 512  # own keys of a group up to which they stand behind its prompt's
 
 
 class Cache:
     """Keys and values while sampling, in B slots: of each a prompt's (once) and its G completions'.
 
-    layers: [prompt k, v (B, K, L, d), own k, v (B, G, K, room, d)], so that nobody's own keys meet
-    another's queries. Where a group has few of them, that is dearer than all it would save: then
-    layers: [k, v (B, K, L + room G, d)], the prompt's and behind them, token by token, those of all
-    completions, and two products do for four, of keys that are hidden, too (`Step`).
+    layers: [prompt k, v (B, K, L, d), own k, v (B, G, K, room, d)], so that no completion's keys
+    meet another's queries. Where a group's own keys are few, to multiply them all costs less than
+    to keep them apart: then layers: [k, v (B, K, L + room G, d)], the prompt's and behind them,
+    token by token, those of all completions; two products do for four (`Step.attend_few`).
 
     lengths (B,): own tokens that a slot holds. mask (B, 1, L + room), few: (B, G, L + room G), see
-    `unseen`: a key is seen once it is there. place (B, G): of completions among those that came in.
-    Its memory stays where it is, whatever comes and goes: a CUDA graph reads it.
+    `unseen`: a key is seen once it is there. place (B, G): the number in its group of each
+    completion that is still here. Its memory stays where it is: a CUDA graph reads it.
     """
 
     def __init__(self, layers: int, shape: tuple, longest: int, room: int, dtype, device):

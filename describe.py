@@ -183,7 +183,8 @@ def describe_scenes(cfg: Describe) -> None:
     out = Path(cfg.out)
     check_out(cfg.out, cfg.scenes, cfg.questions)
     if cfg.world:
-        scenes, questions = load_drawn(cfg.world, out.parent, f"images/{out.stem}")
+        name = out.name.removesuffix(".jsonl")
+        scenes, questions = load_drawn(cfg.world, out.parent, f"images/{name}")
     else:
         scenes, questions = load_clevr(cfg.scenes, cfg.questions)
     count = sum(1 for _ in counting_rows(scenes, questions))

@@ -354,7 +354,8 @@ class Qwen2VL(nn.Module):
         """Hidden states (S, D) after the last norm; of the rows wanted (W,) alone, if given: of the
         others the last layer then computes keys and values, which is all that is read of them.
 
-        ids (S,) packed as `layout` says, positions (3, S), features (I, D) from `visual` for the
+        ids (S,) packed as `layout` says, positions (3, S) or their cos and sin, see `mrope`,
+        features (I, D) from `visual` for the
         image tokens that stand at image_at (I,) of the packed ids. With a cache, a Layout holds
         prompts that come into it, and a Step the next token of every completion.
         """

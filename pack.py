@@ -153,13 +153,14 @@ def pictures(example: Example, name: str, out: Path) -> dict:
 
 def picture(source, name: str, out: Path) -> str:
     """The path of an image, below the folder of `out`. One that lies elsewhere, or in no file of
-    its own, is copied, or written as PNG, to images/STEM of out/; whole or not at all."""
+    its own, is copied, or written as PNG, to images/NAME of NAME.jsonl; whole or not at all."""
     base = out.parent.resolve()
     is_path = isinstance(source, str | Path)
     if is_path and Path(source).is_relative_to(base):
         return Path(source).relative_to(base).as_posix()
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:100]
-    target = base / "images" / out.stem / (name + (Path(source).suffix if is_path else ".png"))
+    folder = base / "images" / out.name.removesuffix(".jsonl")
+    target = folder / (name + (Path(source).suffix if is_path else ".png"))
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".tmp")
     if is_path:

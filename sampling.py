@@ -82,10 +82,11 @@ class Room:
 
     ids, p and u (B, G, T + 1): tokens, -1 where none has been drawn; their probabilities; the
     uniforms that draw them. A completion in a slot is drawn on after its end, until it leaves, and
-    nobody reads that (`ends`): not even a step has to know who has ended. Column T is for what
-    would be beyond. limits (B, G): tokens at most. Of the slots, of which the first ones are in
-    use: first (N, G), the place of the completions' first tokens in ids as one row; token (N, G),
-    the last ones; position (N,), the prompt's next. turns: cos and sin of all positions.
+    nobody reads that (`ends`), so a step need not know who has ended. Column T is for what would be
+    beyond. limits (B, G): tokens at most. Of the slots, of which the first ones are in use: first
+    (N, G), the place of the completions' first tokens in ids as one row; token (N, G), the last
+    ones; position (N,), the prompt's next. turns: cos and sin of all positions, of which a prompt
+    has no more than tokens.
     """
 
     def __init__(self, model, B: int, N: int, G: int, T: int, longest: int):
@@ -109,12 +110,12 @@ class Room:
         _, _, G, T, _ = self.size
         self.how, n = how, len(uids)
         if self.told != (told := (list(processor.banned_ids), list(processor.stop_ids))):
-            self.told, self.graphs, self.pool = told, {}, None  # graphs read these tensors
+            self.told, self.graphs, self.pool = told, {}, None  # graphs read `banned`
             self.banned, self.stops = (torch.tensor(x, device=self.device) for x in told)
         self.u[:n, :, :T] = torch.stack([uniforms(seed, i, G, T) for i in uids]).to(self.device)
         self.limits.fill_(T)
         if limits is not None:
-            self.limits[:n] = limits.to(self.device)
+            self.limits[:n] = limits.to(self.device).clamp(1, T)
         self.ids.fill_(-1)
 
     def enter(self, model, prompts: list[Prompt], numbers: range, slots: list[int]) -> None:
@@ -127,9 +128,9 @@ class Room:
         ends = layout.prompt_lengths.cumsum(0) - 1
         last = model.run(batch.ids, batch.positions, layout, batch, self.cache, ends)
         self.position[at] = batch.next_position
-        G, room = self.ids.shape[1:]
+        G, columns = self.ids.shape[1:]
         rows = torch.arange(numbers[0] * G, (numbers[-1] + 1) * G, device=self.device)
-        self.first[at] = rows.view(-1, G) * room
+        self.first[at] = rows.view(-1, G) * columns
         self.choose(model, last[:, None].expand(-1, G, -1), at)
 
     def choose(self, model, hidden: Tensor, at: Tensor | slice) -> None:

@@ -291,6 +291,10 @@ def test_packed_tokens_go_to_their_rows_and_back():
     assert (layout.B, layout.G, layout.L, layout.T, layout.S_prompt) == (2, 2, 3, 2, 5)
 
 
+def test_packed_completions_need_no_mask(standing_in):
+    assert Layout(*RAGGED, packed=True).mask is None
+
+
 def test_what_is_hidden_from_completions_by_hand():
     """The end of a shorter prompt, and a completion's own later tokens."""
     mask = Layout([2, 3], [[0, 2], [1, 1]]).mask

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import attention
 import sampling
 from attention import halved
 from model import Qwen2VL
@@ -44,6 +45,12 @@ from sampling import (
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return make(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(params=[512, 0], ids=["few", "many"])
+def either(request, monkeypatch):
+    """Own keys of a group behind its prompt's, and apart from them."""
+    monkeypatch.setattr(attention, "FEW", request.param)
 
 
 # ------------------------------------------------------------------------------ the distribution
@@ -190,7 +197,7 @@ def short(made, every: int = 6) -> list[int]:
 
 
 @torch.no_grad()
-def test_entering_and_ticking_equal_whole_forwards(made):
+def test_entering_and_ticking_equal_whole_forwards(made, either):
     """Hidden states after the prompt, and after each of three tokens given to its completions."""
     room, found = room_of(made, made.prompts, 4), []
     choose = room.choose
@@ -267,7 +274,8 @@ def widths(monkeypatch) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_finished_completions_leave_the_batch_and_change_nothing(made, monkeypatch, temperature):
+def test_finished_completions_leave_the_batch_and_change_nothing(made, monkeypatch, temperature,
+                                                                 either):  # fmt: skip
     """Against a run in which nothing leaves."""
     processor = replace(made.processor, stop_ids=short(made))
     args = made.model, processor, made.prompts, 6, 24, temperature
@@ -379,6 +387,12 @@ def test_limits_are_kept_for_each_completion(made, slots):
         assert texts == [processor.decode(ids) for ids in row]
 
 
+def test_a_limit_is_one_token_at_least_and_no_more_than_there_is_room_for(made):
+    limits = torch.tensor([[0], [9]] * 2)
+    out = sample(made.model, made.processor, made.prompts, 2, 3, limits=limits)
+    assert out.lengths.amax(1).tolist() == [1, 3, 1, 3]
+
+
 def test_limits_may_be_told_once_for_a_group(made):
     limits = torch.tensor([[1], [7], [3], [NEW]])
     out = sample(made.model, made.processor, made.prompts, 3, NEW, seed=2, limits=limits)
@@ -391,7 +405,7 @@ def test_limits_may_be_told_once_for_a_group(made):
 # ----------------------------------------------------------------------------- the room, used again
 
 
-def test_a_room_that_has_been_used_gives_what_a_new_one_gives(made):
+def test_a_room_that_has_been_used_gives_what_a_new_one_gives(made, either):
     """As on a GPU, where a room stays: other prompts, fewer of them, fewer in work, another seed,
     temperature and end tokens; and at first a cache full of what must not be read."""
     turned = made.prompts[::-1]
@@ -462,7 +476,7 @@ class Recording(TorchDispatchMode):
 @torch.no_grad()
 @pytest.mark.parametrize("how", [(1.0, 1.0, 0), (0.0, 1.0, 0), (0.7, 0.9, 5)])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_step_can_be_recorded(made, how, bf16):
+def test_a_step_can_be_recorded(made, how, bf16, either):
     """No step waits for the device, and none brings numbers from Python to it."""
     room = room_of(made, made.prompts, 3)
     room.begin(made.processor, range(4), 0, None, how)
@@ -548,7 +562,7 @@ def test_left_loses_nobody(few):
         assert live[slots[:, None], rows].sum() == live.sum()
 
 
-def test_keeping_moves_all_that_is_of_a_slot_by_hand(made):
+def test_keeping_moves_all_that_is_of_a_slot_by_hand(made, either):
     room = room_of(made, made.prompts, 3, group=2)
     room.position[:] = torch.tensor([20, 10, 30])
     room.first[:] = torch.tensor([[40, 50], [0, 10], [60, 70]])
@@ -561,7 +575,7 @@ def test_keeping_moves_all_that_is_of_a_slot_by_hand(made):
     assert room.first[:2, :1].tolist() == [[70], [0]] and room.token[:2, :1].tolist() == [[6], [3]]
     assert room.cache.lengths[:2].tolist() == [9, 8]
     for x in room.cache.layers[1]:
-        x = x[:2]
+        x = x[:2, :1, :, :5] if x.dim() == 5 else x[:2]
         assert x.flatten(1).amin(1).tolist() == x.flatten(1).amax(1).tolist() == [2, 1]
 
 
