@@ -355,9 +355,9 @@ class Qwen2VL(nn.Module):
         others the last layer then computes keys and values, which is all that is read of them.
 
         ids (S,) packed as `layout` says, positions (3, S) or their cos and sin, see `mrope`,
-        features (I, D) from `visual` for the
-        image tokens that stand at image_at (I,) of the packed ids. With a cache, a Layout holds
-        prompts that come into it, and a Step the next token of every completion.
+        features (I, D) from `visual` for the image tokens that stand at image_at (I,) of the packed
+        ids. With a cache, a Layout holds prompts that come into it, and a Step the next token of
+        every completion.
         """
         x = self.model.embed_tokens(ids)
         # Of bfloat16 weights the embedding would make a bfloat16 residual stream; under autocast,
