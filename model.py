@@ -315,7 +315,7 @@ class Decoder(nn.Module):
         wanted = wanted if wanted is None else with_rows(wanted, spare(wanted))
         for layer, kept in zip(self.layers, cache.layers if cache else itertools.repeat(None)):
             x = layer(x, cos, sin, lay, kept, wanted if layer is last else None)
-        return self.norm(x)[:n]
+        return self.norm(x if n == len(x) else x[:n])
 
 
 class Qwen2VL(nn.Module):
