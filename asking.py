@@ -29,7 +29,7 @@ from rewards import gold_answer
 from rows import load_examples
 from shards import digest
 from teachers import Asks, Question, Served, check_key, find_teacher
-from traces import after_thought, read_rows, resumed, tell_failed, tell_reasons, whole
+from traces import after_thought, name_of, read_rows, resumed, tell_failed, tell_reasons, whole
 
 
 class Ask(NamedTuple):
@@ -212,7 +212,7 @@ def ask_all(cfg: Asks, asks: Sequence[Ask], row: Callable, unfit: Callable | Non
 
 def named(out: str, field: str) -> str:
     """OUT_FIELD.jsonl of OUT.jsonl, and of OUT."""
-    return f"{Path(out).as_posix().removesuffix('.jsonl')}_{field}.jsonl"
+    return Path(out).with_name(f"{name_of(Path(out))}_{field}.jsonl").as_posix()
 
 
 def text_of(example: Example) -> str:

@@ -62,8 +62,7 @@ def core(*tensors: Tensor) -> list[Tensor]:
 def spare(x: Tensor) -> int:
     """Rows to be added to x so that few numbers of rows occur: on a CPU in half precision, where
     oneDNN makes, and keeps, a kernel for each number that it meets."""
-    kind = x.device.type
-    few = kind in EXACT and kind == "cpu" and torch.is_autocast_enabled("cpu")
+    few = x.device.type == "cpu" and "cpu" in EXACT and torch.is_autocast_enabled("cpu")
     return -len(x) % (128 if len(x) > 1024 else 16) if few else 0
 
 

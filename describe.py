@@ -27,7 +27,7 @@ from config import nearest, opt
 from evaluate import check_out
 from images import find_image, open_image
 from rows import load_examples
-from traces import whole
+from traces import name_of, whole
 
 ALL = "How many items are there in the described scene?"
 UNREAD = ("program", "relationships", "directions")  # most of what CLEVR's JSON holds
@@ -183,8 +183,7 @@ def describe_scenes(cfg: Describe) -> None:
     out = Path(cfg.out)
     check_out(cfg.out, cfg.scenes, cfg.questions)
     if cfg.world:
-        name = out.name.removesuffix(".jsonl")
-        scenes, questions = load_drawn(cfg.world, out.parent, f"images/{name}")
+        scenes, questions = load_drawn(cfg.world, out.parent, f"images/{name_of(out)}")
     else:
         scenes, questions = load_clevr(cfg.scenes, cfg.questions)
     count = sum(1 for _ in counting_rows(scenes, questions))

@@ -268,8 +268,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos, sin, lay: Layout | Step, kept=None, wanted=None):
         """x (S, D) -> (S, D), or (W, D) of the rows wanted (W,). kept: this layer of a Cache."""
         x, n = half(x), len(cos)  # rows beyond n are spare
-        q, k, v = (p(x).view(len(x), -1, self.d) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (q[:n], k[:n], v[:n]) if n < len(x) else (q, k, v)
+        layers = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (first_rows(p(x), n).view(n, -1, self.d) for p in layers)
         y = lay.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, kept)
         return self.o_proj(rows_of(with_rows(y.flatten(1), len(x) - n), wanted))
 
@@ -277,6 +277,16 @@ class Attention(nn.Module):
 def with_rows(x: Tensor, n: int) -> Tensor:
     """x (S, ...) with n rows of zeros behind it."""
     return F.pad(x, (0,) * (2 * x.ndim - 1) + (n,)) if n else x
+
+
+def filled(x: Tensor) -> Tensor:
+    """x with its spare rows, see `spare`."""
+    return with_rows(x, spare(x))
+
+
+def first_rows(x: Tensor, n: int) -> Tensor:
+    """x[:n]; x itself if it has no more: a slice is a copy in the backward pass."""
+    return x if n == len(x) else x[:n]
 
 
 def rows_of(x: Tensor, wanted: Tensor | None) -> Tensor:
@@ -307,15 +317,13 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, positions, lay, cache: Cache | None, wanted=None) -> Tensor:
         cfg, last = self.cfg, self.layers[-1]
-        if isinstance(positions, Tensor):
-            positions = mrope(positions, cfg.head_dim, cfg.rope_theta, cfg.mrope_section)
-        cos, sin = positions
+        how = cfg.head_dim, cfg.rope_theta, cfg.mrope_section
+        cos, sin = mrope(positions, *how) if isinstance(positions, Tensor) else positions
         n = len(x if wanted is None else wanted)
-        x = with_rows(x, spare(x))
-        wanted = wanted if wanted is None else with_rows(wanted, spare(wanted))
+        x, wanted = filled(x), wanted if wanted is None else filled(wanted)
         for layer, kept in zip(self.layers, cache.layers if cache else itertools.repeat(None)):
             x = layer(x, cos, sin, lay, kept, wanted if layer is last else None)
-        return self.norm(x if n == len(x) else x[:n])
+        return self.norm(first_rows(x, n))
 
 
 class Qwen2VL(nn.Module):

@@ -28,7 +28,7 @@ from config import opt
 from evaluate import check_out
 from example import Example
 from images import find_image, open_image
-from traces import SCENE, line_at, need, of_image, read_rows, to_learn
+from traces import SCENE, line_at, name_of, need, of_image, read_rows, to_learn
 
 # Columns, by what is learnt: a thought with the row's own solution, or an answer letter by letter.
 TEXTS = {"gold": ("problem", "thinking", "solution"), "text": ("problem", "completion", "solution")}
@@ -159,8 +159,7 @@ def picture(source, name: str, out: Path) -> str:
     if is_path and Path(source).is_relative_to(base):
         return Path(source).relative_to(base).as_posix()
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:100]
-    folder = base / "images" / out.name.removesuffix(".jsonl")
-    target = folder / (name + (Path(source).suffix if is_path else ".png"))
+    target = base / "images" / name_of(out) / (name + (Path(source).suffix if is_path else ".png"))
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".tmp")
     if is_path:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attention import Layout, half, spare
+from attention import Layout, half
 from data import Processor, Prompt, collate
-from model import Qwen2VL, with_rows
+from model import Qwen2VL, filled
 from sampling import room_for, scaled_logits
 
 # ------------------------------------------------------------------- log-probs of the distribution
@@ -31,10 +31,9 @@ def token_logp(hidden, head, targets, temperature=1.0, banned=None, chunk=1024, 
     metrics and carry no gradient.
     """
     banned = targets.new_empty(0) if banned is None else banned
-    n, more, head = len(targets), spare(hidden), half(head)
-    hidden, targets = with_rows(half(hidden), more), with_rows(targets, more)
+    n, hidden, head = len(targets), filled(half(hidden)), half(head)
     low = min(hidden.dtype, head.dtype, key=lambda dtype: dtype.itemsize)
-    given = hidden.to(low), head.to(low), targets, temperature, banned, chunk
+    given = hidden.to(low), head.to(low), filled(targets), temperature, banned, chunk
     logp, entropy = TokenLogp.apply(*given, entropies)
     return logp[:n], entropy[:n] if entropies else None
 

@@ -60,6 +60,11 @@ def need(row: dict, path, at: int, *keys: str) -> dict:
     return row
 
 
+def name_of(out: Path) -> str:
+    """NAME of NAME.jsonl, and of NAME, dots and all: of what stands beside a set."""
+    return out.name.removesuffix(".jsonl")
+
+
 @contextmanager
 def whole(path: str | Path):
     """A text file to write, whose name appears when it is whole."""
