@@ -186,8 +186,9 @@ def forward_flops(
 
 def training_flops(cfg, prompts, completions, patches, recompute=False, padded=False) -> int:
     """FLOPs of forward and backward pass, arguments as of forward_flops: 3 times the forward pass.
-    The head runs once more in any case; pixels need no gradient. With recompute blocks run once
-    more too, but for their last product, whose result the backward pass has no use for."""
+    The head runs once more, unless its logits are few (rollout.KEEP); pixels need no gradient. With
+    recompute blocks run once more too, but for their last product, whose result the backward pass
+    has no use for."""
     forward = forward_flops(cfg, prompts, completions, patches, padded)
     v, P = cfg.vision, sum(map(patches_of, patches))
     pixels = 2 * P * pixels_of(cfg) * v.embed_dim

@@ -357,8 +357,8 @@ def train(cfg: Config) -> dict:
         for step in book.steps("grpo"):  # 4: for step = 1, ..., M
             lr = cfg.lr * schedule(step, cfg.steps, cfg.warmup, cfg.schedule)
             set_lr(run.optimizers, lr)
-            with seconds("sample"), half(), parallel.whole_weights(policy) as sampler, \
-                    parallel.told():
+            with seconds("sample"), half(), parallel.told():
+                sampler = parallel.copy(policy)
                 if (step - 1) % cfg.probe_every == 0:
                     probe(step - 1, sampler)
                 # 5: sample a batch    7: sample G outputs for each question    8: compute rewards
@@ -385,8 +385,8 @@ def train(cfg: Config) -> dict:
                 raise SystemExit(f"step {step}: no finite update in 5 steps, all were skipped. "
                                  "Try a smaller --lr or --max_grad_norm, or --bf16 false.")
         run.ahead.close()
-        with seconds("eval"), half(), parallel.whole_weights(policy) as sampler:
-            probe(cfg.steps, sampler)
+        with seconds("eval"), half():
+            probe(cfg.steps, parallel.copy(policy))
         return book.close()
 
 

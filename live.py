@@ -53,7 +53,8 @@ def storages(tree) -> list:
 
 
 def nbytes(*tensors: Tensor) -> int:
-    return sum(storage.nbytes() for storage in storages(tensors))
+    """Of their memory; of what they share once."""
+    return sum({id(storage): storage.nbytes() for storage in storages(tensors)}.values())
 
 
 def trained(run, x: Tensor, recompute: bool = False, also: tuple = ()) -> tuple[int, int]:

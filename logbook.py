@@ -102,9 +102,9 @@ class Logbook:
 
     def score(self, when: str) -> dict:
         """Greedy results on every eval by the run's scorer; details in eval/NAME_WHEN.json."""
-        with self.seconds("eval"), self.half(), parallel.whole_weights(self.model) as sampler:
-            return evaluate_all(sampler, self.processor, self.evals, self.cfg.max_new, self.out,
-                                when, self.scorer)
+        with self.seconds("eval"), self.half():
+            return evaluate_all(parallel.copy(self.model), self.processor, self.evals,
+                                self.cfg.max_new, self.out, when, self.scorer)
 
     def steps(self, title: str) -> Iterator[int]:
         """The numbers of the steps that are left. Signals wait for the end of a step; where one

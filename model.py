@@ -126,18 +126,43 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
+class Joined(nn.Module):
+    """Of linear layers that read the same, the weights side by side: one product does for all. The
+    layers' own weights become slices of it. For a model that learns nothing, see `Qwen2VL.twin`."""
+
+    def __init__(self, *layers: nn.Linear):
+        super().__init__()
+        sizes = [layer.out_features for layer in layers]
+        for name in dict(layers[0].named_parameters()):
+            whole = torch.cat([getattr(layer, name) for layer in layers]).detach()
+            for layer, part in zip(layers, whole.split(sizes)):
+                setattr(layer, name, nn.Parameter(part, requires_grad=False))
+            self.register_buffer(name, whole, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, getattr(self, "bias", None))
+
+
 class MLP(nn.Module):
     """Gated (SwiGLU): the decoder's, and with biases that of Qwen2.5-VL's vision tower."""
 
     def __init__(self, width: int, inner: int, bias: bool = False):
         super().__init__()
+        self.joined = None
         self.gate_proj = nn.Linear(width, inner, bias=bias)
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
+    def join(self) -> None:
+        self.joined = Joined(self.gate_proj, self.up_proj)
+
     def forward(self, x: Tensor) -> Tensor:
         x = half(x)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.joined:
+            gate, up = self.joined(x).chunk(2, -1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 # ---------------------------------------------------------------------------------- vision tower
@@ -258,19 +283,29 @@ class VisionTower(nn.Module):
 class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        D, d = cfg.hidden_size, cfg.head_dim
-        self.d = d
-        self.q_proj = nn.Linear(D, cfg.num_attention_heads * d)
-        self.k_proj = nn.Linear(D, cfg.num_key_value_heads * d)
-        self.v_proj = nn.Linear(D, cfg.num_key_value_heads * d)
-        self.o_proj = nn.Linear(cfg.num_attention_heads * d, D, bias=False)
+        self.joined = None
+        D, d, H, K = cfg.hidden_size, cfg.head_dim, cfg.num_attention_heads, cfg.num_key_value_heads
+        self.d, self.H, self.K = d, H, K
+        self.q_proj = nn.Linear(D, H * d)
+        self.k_proj = nn.Linear(D, K * d)
+        self.v_proj = nn.Linear(D, K * d)
+        self.o_proj = nn.Linear(H * d, D, bias=False)
+
+    def join(self) -> None:
+        self.joined = Joined(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x: Tensor, cos, sin, lay: Layout | Step, kept=None, wanted=None):
         """x (S, D) -> (S, D), or (W, D) of the rows wanted (W,). kept: this layer of a Cache."""
         x, n = half(x), len(cos)  # rows beyond n are spare
-        layers = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = (first_rows(p(x), n).view(n, -1, self.d) for p in layers)
-        y = lay.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, kept)
+        if self.joined:
+            qkv, turned = first_rows(self.joined(x), n).view(n, -1, self.d), self.H + self.K
+            q, k = rotate(qkv[:, :turned], cos, sin).split((self.H, self.K), 1)
+            v = qkv[:, turned:]
+        else:
+            layers = self.q_proj, self.k_proj, self.v_proj
+            q, k, v = (first_rows(p(x), n).view(n, -1, self.d) for p in layers)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = lay.attend(q, k, v, kept)
         return self.o_proj(rows_of(with_rows(y.flatten(1), len(x) - n), wanted))
 
 
@@ -349,6 +384,11 @@ class Qwen2VL(nn.Module):
     def device(self) -> torch.device:
         return self.lm_head.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What products are computed in now: as autocast says, else in what weights are kept."""
+        return half(torch.empty(0, dtype=self.head.dtype, device=self.device)).dtype
+
     def forward(
         self,
         ids: Tensor,
@@ -407,6 +447,9 @@ class Qwen2VL(nn.Module):
         with torch.device("meta"):
             twin = type(self)(self.cfg).to(dtype).frozen(linear)
         twin.to_empty(device=self.device)
+        for part in list(twin.modules()):
+            if isinstance(part, Attention | MLP):
+                part.join()
         if self.cfg.tie_word_embeddings and linear == dtype:
             twin.lm_head.weight = twin.model.embed_tokens.weight
         return twin.prepare(self.compiled)

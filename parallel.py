@@ -36,7 +36,6 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from attention import halved
 from live import keep_memory
 from lora import merged
 
@@ -199,37 +198,15 @@ def release(model) -> None:
         model.reshard()
 
 
-@contextmanager
-def whole_weights(model):
-    """Inside, each process may run the model that it is given without the others: on a GPU a `copy`
-    if weights are cast or gathered, else the model itself."""
-    device = next(model.parameters()).device
-    if device.type == "cuda" and (size() > 1 or halved(device)):
-        yield copy(model, halved(device))
-        return
-    parts = fsdp_parts(model)
-    gather_first(model)
-    for part in parts:
-        part.unshard()
-        if part is not model:  # the root stays gathered after a forward in any case
-            part.set_reshard_after_forward(False, recurse=False)
-    try:
-        yield model
-    finally:
-        for part in parts:
-            part.reshard()
-            if part is not model:
-                part.set_reshard_after_forward(True, recurse=False)
-
-
 COPIES = weakref.WeakKeyDictionary()  # of models that learn: those that are sampled from
 
 
-def copy(model, bf16: bool):
-    """The model once more, with whole weights as they are computed with now, to sample from; an
-    adapter is merged into them. It is made once, then overwritten: a CUDA graph wants weights to
-    stay where they are, and autocast would cast all of them for each token."""
-    low, parts = torch.bfloat16 if bf16 else torch.float32, fsdp_parts(model)
+def copy(model):
+    """The model once more, to sample from, which each process does without the others: with whole
+    weights as they are computed with now, an adapter merged into them. It is made once, then
+    overwritten: a recorded step wants weights to stay where they are, and autocast would cast all
+    of them for each token."""
+    low, parts = model.dtype, fsdp_parts(model)
     if model not in COPIES or COPIES[model].head.dtype != low:
         # fully_shard gathers all in it, autocast casts linear layers.
         COPIES[model] = model.twin(low if parts else torch.float32, low)

@@ -40,8 +40,8 @@ from sampling import draw, scaled_logits
 EVAL_BATCH = 64  # questions that evaluate.evaluate answers at a time
 MOMENTS = {"sampling": "sampling", "update": "the update", "step": "the optimizer's step"}
 EYE = (VisionBlock, "visual.blocks.0."), (PatchMerger, "visual.merger.")
-PARTS = ("weights", "reference", "optimizer", "gradients", "gathered weights", "KV cache",
-         "kept for backward", "temporary")  # fmt: skip
+PARTS = ("weights", "reference", "optimizer", "copy to sample from", "gradients",
+         "gathered weights", "KV cache", "kept for backward", "temporary")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Work:
     beta: float = 0.0
     eval_new: int = 0  # tokens of an answer in the evaluations; 0: there are none
     sft: bool = False  # nothing is sampled but in evaluations
-    gpu: bool = False  # attention is flash attention; weights to sample with stay, and so a cache
+    gpu: bool = False  # attention is flash attention
     learns: Learns = ALL
 
     @property
@@ -147,22 +147,20 @@ def of(cfg: ModelConfig, work: Work) -> Plan:
         # are whole, then float32, until they are shared out: of a block at once, of the root last.
         held = models * root * c
         block = 3 * c * max(blocks) + (c + 4) * max(learnt)
-        gathered = whole + held - root * c, held + root_learnt * c + block, held
+        gathered = held, held + root_learnt * c + block, held
         beside = max(root_learnt * (c + 4), beside)
     else:  # autocast keeps copies of linear layers, of the model that learns; not of the head there
-        copies, learns = 2 * linear * work.bf16, 2 * (linear - head) * work.bf16
-        gathered = copies, learns, learns
-    if work.gpu and (work.processes > 1 or work.bf16):  # weights to sample with stay
-        gathered = [whole + held for held in (gathered[2] * (work.processes > 1), *gathered[1:])]
+        copies = 2 * (linear - head) * work.bf16
+        gathered = 0, copies, copies
     share = 4 * L // work.copy
     fixed = {"weights": 4 * N // work.copy, "reference": whole // work.copy * (models - 1),
-             "optimizer": 4 * (L + adam) // work.copy}  # fmt: skip
+             "optimizer": 4 * (L + adam) // work.copy, "copy to sample from": whole}  # fmt: skip
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=work.bf16), \
             attention.exact_on(*() if work.gpu else ("cpu",)):
         kept, extra = training(cfg, work)
         sampled = [sampling(cfg, work, *batch) for batch in batches(work)]
     cache, during = max(sampled, key=sum, default=(0, 0))
-    stays = sum(cache for cache, _ in sampled) if work.gpu else 0  # a room each
+    stays = sum(cache for cache, _ in sampled)  # a room each
     parts = ({"KV cache": max(cache, stays), "temporary": during},
              {"KV cache": stays, "gradients": share, "kept for backward": kept, "temporary": extra},
              {"KV cache": stays, "gradients": share, "temporary": beside})  # fmt: skip
@@ -211,10 +209,10 @@ def training(cfg: ModelConfig, work: Work) -> tuple[int, int]:
     head = torch.empty(cfg.vocab_size, x.shape[1], dtype=kind, requires_grad=heads)
     last = trained(lambda h: token_logp(h, head, wanted)[0], learnt.to(v.dtype),
                    also=(head,) * heads)
-    text = (cfg.num_hidden_layers - 1) * layer[0] + final[0] + trained(norm, learnt)[0]
+    text = (cfg.num_hidden_layers - 1) * layer[0] + final[0] + trained(norm, learnt)[0] + last[0]
     text += nbytes(x, turn, turn, wanted, layout.mask)
     if not work.patches:
-        return text, max(layer[1], sum(last))
+        return text, max(layer[1], last[1])
     block, merger = (computing(m(cfg.vision), work, at) for m, at in EYE)
     calls = [(slice(0, len(v)), B, work.patches)]
     block = partial(block, cos=vturn, sin=vturn, calls=calls)
@@ -224,7 +222,7 @@ def training(cfg: ModelConfig, work: Work) -> tuple[int, int]:
     pixels //= 2 if work.bf16 else 1
     tower = cfg.vision.depth * block[0] + merger[0] + nbytes(v, vturn, vturn) + pixels
     # When the tower's turn comes, backwards, what the decoder kept is free again.
-    return text + tower, max(layer[1], sum(last), max(block[1], merger[1]) - text)
+    return text + tower, max(layer[1], last[1], max(block[1], merger[1]) - text)
 
 
 def sampling(cfg: ModelConfig, work: Work, B: int, G: int, T: int) -> tuple[int, int]:

@@ -3,11 +3,11 @@
     run = setup(cfg)                       # what both share; cfg: bench.Config
     Ours(run).step(0), Twin(run).step(0)   # {phase: seconds}
 
-Ours is what grpo.train calls: rollout.sample, tally.reward_table, grpo.update. The twin is
-transformers' Qwen2-VL with prompt and picture repeated G times, its generate, and the logits of all
-tokens (bench/twin.py); tests/test_rivals.py proves that it computes the same log-probs, loss and
-gradient. Both start from the same weights, see the same prompts, draw from the same distribution,
-and every completion has exactly max_new tokens.
+Ours is what grpo.train calls: parallel.copy, rollout.sample, tally.reward_table, grpo.update. The
+twin is transformers' Qwen2-VL with prompt and picture repeated G times, its generate, and the
+logits of all tokens (bench/twin.py); tests/test_rivals.py proves that it computes the same
+log-probs, loss and gradient. Both start from the same weights, see the same prompts, draw from the
+same distribution, and every completion has exactly max_new tokens.
 
 Letters: B prompts, G completions per prompt, N = B G completions, T tokens of each.
 """
@@ -25,6 +25,7 @@ from torch import Tensor
 
 import estimators
 import grpo
+import parallel
 import rollout
 from data import Processor
 from grading import load_rewards
@@ -102,8 +103,8 @@ class Ours:
             with phases("preprocess"):
                 prompts = [run.processor.prompt(example) for example in run.examples]
             with self.half(), phases("decode"):
-                batch = rollout.sample(self.policy, run.processor, prompts, cfg.group, cfg.max_new,
-                                       cfg.temperature, seed)  # fmt: skip
+                batch = rollout.sample(parallel.copy(self.policy), run.processor, prompts,
+                                       cfg.group, cfg.max_new, cfg.temperature, seed)  # fmt: skip
             with phases("reward"):
                 adv = estimators.group_advantages(rewarded(run, batch))
             with self.half(), phases("forward/backward"):

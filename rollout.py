@@ -27,8 +27,9 @@ def token_logp(hidden, head, targets, temperature=1.0, banned=None, chunk=1024, 
     entropies False: None in their place.
 
     The head (V, D) runs in chunks, and again in the backward pass, so that a (tokens, V) float32
-    tensor exists for `chunk` tokens only (V is 151,936 in the real model). Entropies are for the
-    metrics and carry no gradient.
+    tensor exists for `chunk` tokens only (V is 151,936 in the real model). Of all tokens it does
+    where they have no more than KEEP logits; the backward pass then finds their probabilities.
+    Entropies are for the metrics and carry no gradient.
     """
     banned = targets.new_empty(0) if banned is None else banned
     n, hidden, head = len(targets), filled(half(hidden)), half(head)
@@ -38,40 +39,55 @@ def token_logp(hidden, head, targets, temperature=1.0, banned=None, chunk=1024, 
     return logp[:n], entropy[:n] if entropies else None
 
 
+KEEP = 2**22  # logits, 16 MB: those of 8,756 tokens of the tiny checkpoint, of 27 of the real model
+
+
 class TokenLogp(torch.autograd.Function):
     """token_logp with its gradient by hand: of log p(t), the logits' is onehot(t) - p. Autograd
     would keep, or make anew, four tensors of a chunk's logits where this needs two."""
 
     @staticmethod
     def forward(ctx, hidden, head, targets, temperature, banned, chunk, entropies):
-        ctx.save_for_backward(hidden, head, targets, banned)
+        keep = any(ctx.needs_input_grad) and len(targets) * len(head) <= KEEP
+        chunk = len(targets) if keep else chunk
         ctx.temperature, ctx.chunk = temperature, chunk
-        found = [
-            TokenLogp.logp(scaled_logits(h, head, temperature, banned), t, entropies)
-            for h, t in zip(hidden.split(chunk), targets.split(chunk))
-        ]
-        logp, entropy = (torch.cat(x) for x in zip(*found))
+        found, kept = [], None
+        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
+            logits = scaled_logits(h, head, temperature, banned)
+            *one, p = TokenLogp.logp(logits, t, entropies or keep)
+            found.append(one)
+            kept = p if keep else None
+            del logits, p  # before the next chunk's
+        logp, entropy = map(torch.cat, zip(*found))
+        ctx.save_for_backward(hidden, head, targets, banned, kept)
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
     @staticmethod
-    def logp(logits, targets, entropies):
-        """Log-probs of targets, and entropies or as many zeros, by logits (S, V)."""
-        logits = logits.log_softmax(-1)
-        logp = logits.gather(-1, targets[:, None])[:, 0]
-        return logp, -logits.exp().mul_(logits).sum(-1) if entropies else torch.zeros_like(logp)
+    def logp(logits, targets, more):
+        """By logits (S, V): log-probs of targets (S,), and if more is asked for entropies (S,) and
+        probabilities (S, V), else as many zeros and None."""
+        if not more:
+            logp = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+            return logp, torch.zeros_like(logp), None
+        p = logits.softmax(-1)
+        total = logits.amax(-1) - p.amax(-1).log()  # log sum exp
+        logp = logits.gather(-1, targets[:, None])[:, 0] - total
+        return logp, total - logits.mul_(p).sum(-1), p
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, head, targets, banned = ctx.saved_tensors
+        hidden, head, targets, banned, kept = ctx.saved_tensors
         to_hidden, to_head = torch.empty_like(hidden), None
         if ctx.needs_input_grad[1]:  # else the head is frozen
             to_head = torch.zeros_like(head, dtype=torch.float32)
         parts = (x.split(ctx.chunk) for x in (hidden, targets, grad, to_hidden))
         for h, t, g, out in zip(*parts):
-            p = scaled_logits(h, head, ctx.temperature, banned).softmax(-1)
+            p = kept
+            if p is None:
+                p = scaled_logits(h, head, ctx.temperature, banned).softmax(-1)
             g = g[:, None] / ctx.temperature
-            p = (p.mul_(-g).scatter_add_(-1, t[:, None], g)).to(h.dtype)
+            p = (p * -g).scatter_add_(-1, t[:, None], g).to(h.dtype)
             torch.mm(p, head, out=out)
             if to_head is not None:
                 to_head += p.mT @ h

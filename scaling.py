@@ -95,7 +95,7 @@ def on_links(cfg: ModelConfig, machine: Machine, gpus: int, work: Workload) -> C
 
 def kernels(cfg: ModelConfig) -> int:
     """Kernels of a decode step: operations of sampling.Room.tick that are no views, counted."""
-    return 52 * cfg.num_hidden_layers + 36
+    return 44 * cfg.num_hidden_layers + 36
 
 
 def decoding(cfg: ModelConfig, machine: Machine, gpus: int, work: Workload) -> tuple[float, float]:

@@ -314,13 +314,13 @@ def train(cfg: Config) -> dict:
 
         def measure(step: int) -> dict:
             """Held-out loss; the main process also writes answers to the probes."""
-            with seconds("eval"), half(), parallel.whole_weights(model) as sampler:
+            with seconds("eval"), half():
+                sampler = parallel.copy(model)
                 if parallel.rank() == 0:
                     journal.log_probes(book.out, step, sampler, processor, run.probes, scored,
                                        cfg.max_new)
-                if not run.held_out:
-                    return {}
-                return {"held_out_nll": held_out_loss(sampler, processor, run.held_out, cfg)}
+                given = sampler, processor, run.held_out, cfg
+                return {"held_out_nll": held_out_loss(*given)} if run.held_out else {}
 
         book.open()
         if "first" not in book.state:

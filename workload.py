@@ -137,12 +137,12 @@ def memory_plan(cfg: Config, device: str, shape, longest: dict) -> plan.Plan:
 
 
 def sample_step(run, step: int) -> Rollout:
-    """Step `step`, counted from 0, up to its rewards, as grpo.train does it. RuntimeError if the
-    completions have not the lengths that were imposed."""
+    """Step `step`, from 0, up to its rewards, as in grpo.train. RuntimeError for other lengths."""
     cfg, first = run.cfg, step * run.cfg.prompts
     lengths = draw_lengths((cfg.prompts, cfg.group), cfg.mean_length, cfg.max_new, (cfg.seed, step))
-    with run.half(), parallel.whole_weights(run.policy) as sampler, imposed(lengths):
-        batch, _, _ = grpo.sample_batch(sampler, run.ahead, run.rewards, first, run.grpo)
+    with run.half(), imposed(lengths):
+        batch, *_ = grpo.sample_batch(parallel.copy(run.policy), run.ahead, run.rewards, first,
+                                      run.grpo)  # fmt: skip
     if not torch.equal(batch.lengths.cpu(), lengths):
         raise RuntimeError("rollout.sample did not keep the lengths that it was told to")
     return batch

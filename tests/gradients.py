@@ -27,7 +27,7 @@ def run(program: str, words: list[str]) -> None:
     cfg = parse(module.Config, words)
 
     def watched(model, *rest):
-        copied = parallel.copy(model, cfg.bf16).state_dict()
+        copied = parallel.copy(model).state_dict()
         whole = {name: parallel.full(p) for name, p in model.state_dict().items()}
         for name, p in copied.items():
             wanted, layer = whole[name], name.removesuffix(".weight")

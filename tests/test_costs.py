@@ -118,9 +118,10 @@ def counted(run) -> int:
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("images, texts, own", [RAGGED, EVEN], ids=["ragged", "even"])
-def test_flops_are_those_that_pytorch_counts(family, images, texts, own):
+def test_flops_are_those_that_pytorch_counts(family, images, texts, own, monkeypatch):
     """Forward pass, both passes, both with recompute: exactly. The explicit attention of the CPU
     computes masked pairs too, so it is compared with `padded`."""
+    monkeypatch.setattr("rollout.KEEP", 0)
     cfg = tiny(family)
     model = Qwen2VL(cfg).init_weights(0)
     prompts = [prompt_of(cfg, *pair) for pair in zip(texts, images)]
@@ -258,7 +259,7 @@ def test_a_decode_step_has_about_as_many_kernels_as_are_counted(layers, monkeypa
     monkeypatch.setattr(attention, "FEW", 0)
     cfg = replace(tiny("qwen2_vl"), num_hidden_layers=layers)
     processor = SimpleNamespace(banned_ids=[1], stop_ids=[2])
-    model, counter = Qwen2VL(cfg).init_weights(0).bfloat16(), Counter()
+    model, counter = Qwen2VL(cfg).init_weights(0).twin(torch.bfloat16, torch.bfloat16), Counter()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), exact_on():
         room = Room(model, 2, 2, 3, 8, 5)
         room.begin(processor, range(2), 0, None, (1.0, 1.0, 0))

@@ -1,5 +1,6 @@
 """lora.py and adapter.py, chapter two: factors beside weights, and PEFT as their oracle."""
 
+import copy
 import json
 import shutil
 
@@ -217,8 +218,11 @@ def test_an_adapter_that_peft_trained_is_read(folders, prompts, tmp_path):
 def test_the_copy_to_sample_from_is_plain_and_merged(folders, prompts):
     """Under autocast too, which would round the product of the factors."""
     model = learnt(folders["qwen2_vl"], Learns(rank=4, vision=True))
+    copied = parallel.copy(model)
     with torch.autocast("cpu", torch.bfloat16):
-        copied = parallel.copy(model, False)
+        low = parallel.copy(copy.deepcopy(model))
+    for name, p in low.state_dict().items():
+        assert torch.equal(copied.state_dict()[name].to(p.dtype), p)
     assert not lora.adapted(copied) and set(copied.state_dict()) == set(
         Qwen2VL.from_pretrained(folders["qwen2_vl"]).state_dict())  # fmt: skip
     assert apart(logits_of(model, prompts), logits_of(copied, prompts)) < 1e-4

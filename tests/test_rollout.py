@@ -47,12 +47,14 @@ def made(tmp_path_factory):
 # ------------------------------------------------------------------- log-probs of the distribution
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 10, 11, 4096])
-def test_token_logp_equals_plain_log_softmax_whatever_the_chunk(chunk):
-    """log p_t = z_t / temperature - log sum_v exp(z_v / temperature); value and gradient."""
+@pytest.mark.parametrize("chunk", [1, 3, 10, 11, 4096, None])
+def test_token_logp_equals_plain_log_softmax_whatever_the_chunk(monkeypatch, chunk):
+    """log p_t = z_t / temperature - log sum_v exp(z_v / temperature); value and gradient. None: all
+    at once, and kept for the backward pass."""
+    monkeypatch.setattr("rollout.KEEP", 10 * 20 - (chunk is not None))
     hidden, head = random(10, 8).requires_grad_(), random(20, 8, seed=1).requires_grad_()
     targets, banned, weight = torch.arange(10), torch.tensor([17, 19]), random(10, seed=2)
-    found, _ = token_logp(hidden, head, targets, 0.7, banned, chunk)
+    found, _ = token_logp(hidden, head, targets, 0.7, banned, chunk or 1)
     logits = hidden @ head.T / 0.7
     logits = torch.cat((logits[:, :17], logits[:, [18]]), 1)  # banned tokens do not exist
     expected = logits.log_softmax(-1)[torch.arange(10), targets]
@@ -69,8 +71,9 @@ def test_token_logp_defaults_to_temperature_one_and_bans_nothing():
     assert (found - expected).abs().max() < 1e-6
 
 
-def test_token_logp_never_holds_more_than_a_chunk_of_logits():
+def test_token_logp_never_holds_more_than_a_chunk_of_logits(monkeypatch):
     """S = 12, V = 50, chunk 4: no tensor of more than 4 x 50 is made, or kept for the backward."""
+    monkeypatch.setattr("rollout.KEEP", 12 * 50 - 1)
     made, kept = [], []
 
     class Watch(TorchDispatchMode):
@@ -151,14 +154,17 @@ def test_no_tokens_have_no_log_probs_and_a_gradient_of_zeros():
     assert a.shape == (0, 4) and b.eq(0).all()
 
 
-def test_token_logp_has_few_tensors_of_a_chunks_logits_at_a_time():
+@pytest.mark.parametrize("kept", [False, True])
+def test_token_logp_has_few_tensors_of_a_chunks_logits_at_a_time(monkeypatch, kept):
     """At the worst moment the bytes of two of them, forward and backward, beside hidden states,
-    head and their gradients."""
+    head and their gradients. Kept: a chunk is all, and one of the two stays between."""
+    monkeypatch.setattr("rollout.KEEP", 60 * 5000 - 1 + kept)
     hidden, head = random(60, 2).requires_grad_(), random(5000, 2, seed=1).requires_grad_()
-    logits, small = 4 * 20 * 5000, 4 * 3 * (5000 * 2 + 60 * 2)
+    logits, small = 4 * (60 if kept else 20) * 5000, 4 * 3 * (5000 * 2 + 60 * 2)
     with Live() as live:
         logp, _ = token_logp(hidden, head, torch.arange(60), chunk=20)
         assert 2 * logits < live.peak < 2 * logits + small
+        assert kept * logits <= live.now < kept * logits + small
         live.peak = 0
         logp.sum().backward()
     assert 2 * logits < live.peak < 2 * logits + small

@@ -104,8 +104,7 @@ def real_step(cfg: ModelConfig, work: Workload, times: int = 1) -> dict:
     adv = torch.linspace(-1, 1, work.group).expand(count, -1)
 
     def sampled():
-        with parallel.whole_weights(policy):
-            return sample(policy, processor, prompts, work.group, work.max_new, 1.0, 0)
+        return sample(parallel.copy(policy), processor, prompts, work.group, work.max_new, 1.0, 0)
 
     with counting(Counter()) as found:
         rollout = sampled()
