@@ -180,6 +180,7 @@ class Layout:
         assert len({len(row) for row in completions}) <= 1, "every prompt has G completions"
         flat = [n for row in completions for n in row]
         self.T, self.G = max(flat, default=0), len(flat) // max(1, len(completions))
+        self.S_own = sum(flat)
         self.completion_at = places(flat, device)
         self.prompt_seen = torch.arange(self.L, device=device) < self.prompt_lengths[:, None]
         packed = halved(device) if packed is None else packed
@@ -195,32 +196,29 @@ class Layout:
         return unseen(torch.cat(parts, -1))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kept=None) -> Tensor:
-        """q (S, H, d), k, v (S, K, d) -> (S, H, d). kept: a layer of a Cache, which then holds the
-        keys and values of the prompts."""
+        """q (S, H, d), k, v (S, K, d) -> (S, H, d); of rows beyond its own, see `spare`, zeros.
+        kept: a layer of a Cache, which then holds the keys and values of the prompts."""
         if self.packed and kept is None:
             return attend_packed(q, k, v, self.packed)
-        n, d = self.S_prompt, q.shape[-1]
-        qp, kp, vp = (
-            unpack(x[:n], self.prompt_at, self.B, self.L).transpose(1, 2) for x in (q, k, v)
-        )
+        S, d = (self.S_prompt, self.S_own), q.shape[-1]
+        prompt, own, spare = zip(*(x.split((*S, len(x) - sum(S))) for x in (q, k, v)))
+        qp, kp, vp = (unpack(x, self.prompt_at, self.B, self.L).transpose(1, 2) for x in prompt)
         if kept is not None:
-            for own, new in zip(kept, (kp, vp)):
-                own[self.slots, :, : self.L] = new.to(own.dtype)
+            for x, new in zip(kept, (kp, vp)):
+                x[self.slots, :, : self.L] = new.to(x.dtype)
         if self.packed:
             return attend_packed(q, k, v, self.packed)
         y = attend(qp, kp, vp, causal=True)
         out = [repack(y.transpose(1, 2), self.prompt_at)]
         if self.T:
             rows, shape = self.B * self.G, (self.B, self.G, self.T, -1, d)
-            qc, kc, vc = (
-                unpack(x[n:], self.completion_at, rows, self.T).view(shape) for x in (q, k, v)
-            )
+            qc, kc, vc = (unpack(x, self.completion_at, rows, self.T).view(shape) for x in own)
             kc, vc = kc.transpose(2, 3), vc.transpose(2, 3)  # (B, G, K, T, d)
             qc, kc, vc, kp, vp = core(qc, kc, vc, kp, vp)
             with torch.autocast(device_of(q), enabled=False):
                 y = attend_shared(qc, kc, vc, kp, vp, self.mask)
             out.append(repack(y.flatten(0, 1), self.completion_at))
-        return torch.cat(out)
+        return torch.cat((*out, torch.zeros_like(spare[0], dtype=out[0].dtype)))
 
 
 def halved(device) -> bool:
@@ -248,7 +246,7 @@ def unpack(x: Tensor, at: Tensor | None, rows: int, width: int) -> Tensor:
 def repack(x: Tensor, at: Tensor | None) -> Tensor:
     """Padded (rows, width, ...) -> packed (S, ...)."""
     x = x.flatten(0, 1)
-    return x if at is None else x[at]
+    return x if at is None else x.index_select(0, at)
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -322,8 +320,11 @@ class Step:
         self.mask = rows[..., : cache.longest + span * cache.every]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kept: list) -> Tensor:
-        """q (B G, H, d), k, v (B G, K, d) of the new tokens -> (B G, H, d)."""
-        B, G, d = self.B, self.G, q.shape[-1]
+        """q (B G, H, d), k, v (B G, K, d) of the new tokens -> (B G, H, d); of spare rows zeros."""
+        B, G, (S, _, d) = self.B, self.G, q.shape
+        if S > B * G:
+            y = self.attend(*(x[: B * G] for x in (q, k, v)), kept)
+            return F.pad(y, (0, 0, 0, 0, 0, S - B * G))
         q, k, v = core(q, k, v)
         if len(kept) == 2:
             for every, new in zip(kept, (k, v)):

@@ -296,32 +296,22 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos, sin, lay: Layout | Step, kept=None, wanted=None):
         """x (S, D) -> (S, D), or (W, D) of the rows wanted (W,). kept: this layer of a Cache."""
-        x, n = half(x), len(cos)  # rows beyond n are spare
+        x = half(x)
         if self.joined:
-            qkv, turned = first_rows(self.joined(x), n).view(n, -1, self.d), self.H + self.K
+            qkv, turned = self.joined(x).view(len(x), -1, self.d), self.H + self.K
             q, k = rotate(qkv[:, :turned], cos, sin).split((self.H, self.K), 1)
             v = qkv[:, turned:]
         else:
             layers = self.q_proj, self.k_proj, self.v_proj
-            q, k, v = (first_rows(p(x), n).view(n, -1, self.d) for p in layers)
+            q, k, v = (p(x).view(len(x), -1, self.d) for p in layers)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = lay.attend(q, k, v, kept)
-        return self.o_proj(rows_of(with_rows(y.flatten(1), len(x) - n), wanted))
-
-
-def with_rows(x: Tensor, n: int) -> Tensor:
-    """x (S, ...) with n rows of zeros behind it."""
-    return F.pad(x, (0,) * (2 * x.ndim - 1) + (n,)) if n else x
+        return self.o_proj(rows_of(lay.attend(q, k, v, kept).flatten(1), wanted))
 
 
 def filled(x: Tensor) -> Tensor:
-    """x with its spare rows, see `spare`."""
-    return with_rows(x, spare(x))
-
-
-def first_rows(x: Tensor, n: int) -> Tensor:
-    """x[:n]; x itself if it has no more: a slice is a copy in the backward pass."""
-    return x if n == len(x) else x[:n]
+    """x (S, ...) with its spare rows behind it, see `spare`."""
+    n = spare(x)
+    return F.pad(x, (0,) * (2 * x.ndim - 1) + (n,)) if n else x
 
 
 def rows_of(x: Tensor, wanted: Tensor | None) -> Tensor:
@@ -355,10 +345,11 @@ class Decoder(nn.Module):
         how = cfg.head_dim, cfg.rope_theta, cfg.mrope_section
         cos, sin = mrope(positions, *how) if isinstance(positions, Tensor) else positions
         n = len(x if wanted is None else wanted)
-        x, wanted = filled(x), wanted if wanted is None else filled(wanted)
+        x, cos, sin = map(filled, (x, cos, sin))
+        wanted = wanted if wanted is None else filled(wanted)
         for layer, kept in zip(self.layers, cache.layers if cache else itertools.repeat(None)):
             x = layer(x, cos, sin, lay, kept, wanted if layer is last else None)
-        return self.norm(first_rows(x, n))
+        return self.norm(x if n == len(x) else x[:n])  # a slice is a copy in the backward pass
 
 
 class Qwen2VL(nn.Module):
