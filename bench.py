@@ -15,7 +15,7 @@ the figure is the median of the rounds, lowest and highest beside it; a ratio of
 median of the rounds' ratios. Phases are timed from outside, by rebinding names. Memory is that of a
 process of its own for each: its highest resident size less what it had once the weights of policy
 and reference were loaded. TRL runs in an environment of its own (bench/peer_trl.py says with which
-settings, and why TRL), its steps after the first two count, and ours runs before and after it.
+settings, and why TRL), and takes turns with ours as well, a step of each at a time.
 """
 
 import json
@@ -28,9 +28,9 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 
 import machine
 from config import opt, parse, to_dict
@@ -55,17 +55,19 @@ class Config:
     beta: float = opt(0.04, "weight of the KL; 0: no reference", least=0)
     lr: float = opt(1e-6, "step size of AdamW", above=0)
     micro_prompts: int = opt(16, "prompts, with completions, per forward and backward", least=1)
-    bf16: bool = opt(False, "time ours, and TRL, under bfloat16 autocast as well")
+    bf16: bool | None = opt(None, "time ours, and TRL, under bfloat16 autocast as well; default: "
+                            "if this CPU multiplies it in hardware")
     rounds: int = opt(10, "steps of each that count", least=1)
-    warmup: int = opt(2, "steps of each before them", least=0)
+    warmup: int = opt(4, "steps of each before them; in the third ours records its steps of "
+                      "sampling", least=0)
     memory: bool = opt(True, "measure memory, in processes of their own")
     threads: int | None = opt(None, "threads of torch; default: its own choice", least=1)
     seed: int = opt(0, "fixes the samples", least=0)
     peers: bool = opt(False, "time TRL as well")
     peer_python: str = opt(".venv-peers/bin/python", "Python that has TRL")
-    peer_batches: tuple[int, ...] = opt((128, 32, 16), "completions per forward of TRL; the "
-                                        "fastest counts", least=1)
-    peer_steps: int = opt(5, "steps of TRL that count", least=1)
+    peer_batches: tuple[int, ...] = opt((128, 32, 16), "completions per forward of TRL; that "
+                                        "which comes nearest to ours counts", least=1)
+    peer_steps: int = opt(8, "steps of TRL that count", least=1)
     out: str = opt("bench/results/cpu.json", "results")
 
     def check(self):
@@ -119,55 +121,69 @@ def alone(function, *args):
         return pool.submit(function, *args).result()
 
 
-def time_peer(run) -> list[dict]:
+def time_peer(run, runners: dict) -> list[dict]:
     """What TRL took, in float32 (with `bf16` in bfloat16 too), for each of the batch sizes that
-    divide a step, the fastest first. SystemExit with what it said if it fails."""
+    divide a step, and what ours took between its steps: "ours". SystemExit with what TRL said if it
+    fails."""
     cfg, found = run.cfg, []
-    ways = [(batch, bf16) for bf16 in (False, True)[: 1 + cfg.bf16] for batch in cfg.peer_batches
+    ways = [(batch, kind) for kind in runners if kind != "twin" for batch in cfg.peer_batches
             if cfg.prompts * cfg.group % batch == 0]  # fmt: skip
     with TemporaryDirectory() as folder:
         write_inputs(run, Path(folder))
-        for batch, bf16 in ways:
-            words = [cfg.peer_python, HERE / PEER, folder, "--batch", batch, "--steps",
-                     cfg.peer_steps, "--out", Path(folder, "trl.json")]  # fmt: skip
-            done = subprocess.run(
-                [*map(str, words), *["--bf16"] * bf16], capture_output=True, text=True,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-            )  # fmt: skip
-            if done.returncode:
-                raise SystemExit(f"error: {PEER}: {done.stderr[-2000:]}")
-            found.append(json.loads(Path(folder, "trl.json").read_text()))
-    return sorted(found, key=lambda one: one["median"])
+        out = Path(folder, "trl.json")
+        for batch, kind in ways:
+            words = [cfg.peer_python, HERE / PEER, folder, "--batch", batch, "--out", out,
+                     "--steps", cfg.peer_steps, *["--bf16"] * (kind != "ours")]  # fmt: skip
+            steps = between([*map(str, words)], runners[kind].step)
+            found.append({**json.loads(out.read_text()), "ours": steps[-cfg.peer_steps :]})
+    return found
+
+
+def between(words: list[str], step) -> list[float]:
+    """Runs a program that says "step" for each step that it has done, and waits for a line before
+    the next: meanwhile step(0), step(1), ..., whose seconds come back."""
+    seconds = []
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with TemporaryFile("w+") as said, subprocess.Popen(
+        words, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True
+    ) as program:
+        for line in program.stdout:
+            if line == "step\n":
+                seconds.append(sum(step(len(seconds)).values()))
+                program.stdin.write("\n")
+                program.stdin.flush()
+        if program.wait():
+            said.seek(0)
+            raise SystemExit(f"error: {PEER}: {said.read()[-2000:]}")
+    return seconds
 
 
 def measure(cfg: Config) -> dict:
     """All that was measured, and on what."""
+    if cfg.bf16 is None:
+        cfg = replace(cfg, bf16=machine.multiplies_bf16())
     run = setup(cfg)
     kinds = [kind for kind in KINDS if cfg.bf16 or kind != "ours, bfloat16"]
     runners = {kind: KINDS[kind](run) for kind in kinds}
-    rounds, trl, after = take_turns(runners, cfg.rounds, cfg.warmup), [], {}
-    if cfg.peers:
-        trl = time_peer(run)
-        own = {kind: runner for kind, runner in runners.items() if kind != "twin"}
-        after = take_turns(own, cfg.rounds, 1, first=cfg.rounds)
+    rounds = take_turns(runners, cfg.rounds, cfg.warmup)
+    trl = time_peer(run, runners) if cfg.peers else []
     told = machine.told("cpu")
     told["versions"]["transformers"] = sys.modules["transformers"].__version__
     return {
         "machine": told, "config": to_dict(cfg), "rounds": rounds, "trl": trl,
-        "rounds_after_trl": after,
         "memory": {kind: alone(memory, cfg, kind) for kind in kinds} if cfg.memory else {},
-        "found": summary(rounds, trl, after),
+        "found": summary(rounds, trl),
     }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- what comes out
 
 
-def summary(rounds: dict[str, list[dict]], trl: list[dict] = (), after: dict | None = None) -> dict:
+def summary(rounds: dict[str, list[dict]], trl: list[dict] = ()) -> dict:
     """Median, lowest and highest seconds of every phase; and how many times ours the others take:
     of phases the ratio of medians, of whole steps the median, lowest and highest of the rounds'
-    ratios. TRL at its fastest is set against the median of ours before and after it, float32
-    against float32 and bfloat16 against bfloat16."""
+    ratios. TRL is set against ours between its steps, float32 against float32 and bfloat16 against
+    bfloat16, with the batch size of the least ratio."""
     seconds = {
         kind: {name: spread([one[name] for one in found]) for name in found[0]}
         for kind, found in rounds.items()
@@ -179,12 +195,11 @@ def summary(rounds: dict[str, list[dict]], trl: list[dict] = (), after: dict | N
         steps = [a["step"] / b["step"] for a, b in zip(rounds[kind], rounds["ours"])]
         ratios[kind] |= {"of": "ours", "step": spread(steps)}
     for end, bf16 in (("", False), (", bfloat16", True)):
-        fastest = next((one["seconds"] for one in trl if one["bf16"] == bf16), None)
-        if fastest:
-            kind = f"ours{end}"
-            middle = statistics.median(one["step"] for one in rounds[kind] + after[kind])
-            steps = spread([one / middle for one in fastest])
-            ratios[f"TRL{end}"] = {"of": kind, "step": steps}
+        steps = [spread([a / b for a, b in zip(one["seconds"], one["ours"])]) for one in trl
+                 if one["bf16"] == bf16]  # fmt: skip
+        if steps:
+            nearest = min(steps, key=lambda one: one["median"])
+            ratios[f"TRL{end}"] = {"of": f"ours{end}", "step": nearest}
     return {"seconds": seconds, "ratios": ratios}
 
 
@@ -219,7 +234,8 @@ def text(result: dict) -> str:
     for one in result["trl"]:
         kind = "bfloat16" if one["bf16"] else "float32"
         lines.append(f"TRL {one['versions']['trl']}, {kind}, {one['batch']} completions per "
-                     f"forward: {one['median']:.3f} s a step{mib(one)}")  # fmt: skip
+                     f"forward: {one['median']:.3f} s a step, ours "
+                     f"{statistics.median(one['ours']):.3f}{mib(one)}")  # fmt: skip
     return "\n".join(lines + [f"{kind}{mib(one)}" for kind, one in result["memory"].items()])
 
 

@@ -93,6 +93,12 @@ def seconds_of(work) -> float:
     return time.perf_counter() - begin
 
 
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16, as far as torch can tell."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # not before 2.13
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def told(device: str, commit: str | None = None) -> dict:
     """What a figure was measured on: names, versions, and the commit, with + where files differ
     from it; or that which is given, where git knows none."""

@@ -10,7 +10,7 @@ FOLDER: settings, questions and their tokens, pictures as PNG, where the checkpo
 TRL's best is what is timed, in float32 or, as ours, in mixed precision. What of its defaults would
 cost it time here is off: gradient checkpointing, logging, saving, shuffling; pictures are decoded
 before the first step. Of an optimizer step, `--batch` completions go through one forward and
-backward; bench.py tries several and keeps the fastest. Every completion has exactly max_new tokens:
+backward; bench.py tries several and keeps the best. Every completion has exactly max_new tokens:
 the end tokens are among those that are never sampled, as in ours; other lengths are refused. The
 loss is GRPO's with a mean over each sequence, as ours. The reward is cheaper than ours: is the
 solution in the text?
@@ -67,7 +67,8 @@ def resident(key: str) -> int:
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimizer step: dataloader, sampling, reward, reference, update."""
+    """Seconds of each optimizer step: dataloader, sampling, reward, reference, update. After each
+    it says so and waits for a line: bench.py takes its turn."""
 
     def __init__(self):
         self.seconds, self.last = [], None
@@ -77,9 +78,10 @@ class Clock(TrainerCallback):
             self.last = time.perf_counter()
 
     def on_step_end(self, args, state, control, **_):
-        now = time.perf_counter()
-        self.seconds.append(now - self.last)
-        self.last = now
+        self.seconds.append(time.perf_counter() - self.last)
+        print("step", flush=True)
+        sys.stdin.readline()
+        self.last = time.perf_counter()
 
 
 def make_trainer(folder: Path, told: dict, batch: int, steps: int, bf16: bool, clock: Clock):

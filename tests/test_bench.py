@@ -11,12 +11,26 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_checkpoint import make_checkpoint
 
 import bench
-from bench import Config, alone, main, memory, over, resident, summary, take_turns, text, time_peer
+import machine
+from bench import (
+    Config,
+    alone,
+    between,
+    main,
+    memory,
+    over,
+    resident,
+    summary,
+    take_turns,
+    text,
+    time_peer,
+)
 from config import parse
-from rivals import PHASES, setup
+from rivals import KINDS, PHASES, setup
 
 ROOT = Path(bench.__file__).parent
 PEER_PYTHON = ROOT / Config().peer_python
@@ -24,7 +38,8 @@ SMALL = {"data": "world:A:n=4", "prompts": 2, "group": 2, "max_new": 3, "rounds"
 
 
 def words(**keys) -> list[str]:
-    """The command line of such a config."""
+    """The command line of such a config; float32 alone where it does not say."""
+    keys |= {"bf16": keys.get("bf16", False)}
     said = {True: "true", False: "false"}
     return [word for k, v in keys.items()
             for word in (f"--{k}", said[v] if isinstance(v, bool) else str(v))]  # fmt: skip
@@ -107,19 +122,43 @@ def test_a_phase_that_takes_no_time_has_no_ratio():
     assert over(1.0, 4.0) == 0.25
 
 
-def test_trl_is_set_against_ours_before_and_after_it():
-    """Ours 2, 4 before and 6, 8 after: 5 in the middle; TRL takes 20, 30, 40, at its fastest. In
-    bfloat16 ours 1, 1 and 3, 3: 2; TRL 10."""
+def test_trl_is_set_against_ours_between_its_steps():
+    """TRL 40, 20, 30 beside ours 5, 5, 5 at its nearest, though 18 beside 2 is less time. In
+    bfloat16 10 beside 2."""
     rounds = {"ours": rounds_of(2, 4), "ours, bfloat16": rounds_of(1, 1), "twin": rounds_of(8, 8)}
-    after = {"ours": rounds_of(6, 8), "ours, bfloat16": rounds_of(3, 3)}
-    trl = [{"bf16": True, "seconds": [10]}, {"bf16": False, "seconds": [40, 20, 30]},
-           {"bf16": False, "seconds": [100]}]  # fmt: skip
-    found = summary(rounds, trl, after)["ratios"]
+    trl = [{"bf16": True, "seconds": [10], "ours": [2]},
+           {"bf16": False, "seconds": [18, 18, 18], "ours": [2, 2, 2]},
+           {"bf16": False, "seconds": [40, 20, 30], "ours": [5, 5, 5]}]  # fmt: skip
+    found = summary(rounds, trl)["ratios"]
     assert found["TRL"] == {"of": "ours", "step": {"median": 6.0, "low": 4.0, "high": 8.0}}
     assert found["TRL, bfloat16"]["step"]["median"] == 5.0
     assert found["TRL, bfloat16"]["of"] == "ours, bfloat16"
     assert found["twin"]["of"] == found["ours, bfloat16"]["of"] == "ours"
-    assert "TRL, bfloat16" not in summary(rounds, trl[1:], after)["ratios"]
+    assert "TRL, bfloat16" not in summary(rounds, trl[1:])["ratios"]
+
+
+def test_a_program_and_ours_take_turns(tmp_path):
+    """It says what it has done and waits; other lines of it are its own."""
+    file, log = tmp_path / "program.py", tmp_path / "log"
+    file.write_text("import sys\nlog = open(sys.argv[1], 'a', buffering=1)\nfor i in range(3):\n"
+                    "    print('loading', i)\n    log.write(f'theirs {i}\\n')\n"
+                    "    print('step', flush=True)\n    sys.stdin.readline()\n")  # fmt: skip
+
+    def step(i):
+        with log.open("a") as out:
+            out.write(f"ours {i}\n")
+        return {"a": i, "b": 0.5}
+
+    assert between([sys.executable, str(file), str(log)], step) == [0.5, 1.5, 2.5]
+    assert log.read_text() == "".join(f"theirs {i}\nours {i}\n" for i in range(3))
+
+
+def test_bfloat16_is_timed_where_the_cpu_has_it(monkeypatch):
+    for known, expected in (({"avx512_bf16": True}, 1), ({"amx_bf16": False}, 0), ({}, 0)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
+        assert machine.multiplies_bf16() == expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not machine.multiplies_bf16()
 
 
 # -------------------------------------------------------------------------------- a run as a whole
@@ -168,10 +207,11 @@ def test_the_table_shows_each_phase_and_the_ratio(result):
 def test_memory_and_trl_have_their_lines(result):
     given, _ = result
     bytes_ = {"loaded_bytes": 2 * 2**20, "peak_bytes": 5 * 2**20}
-    trl = {"versions": {"trl": "9"}, "batch": 16, "bf16": False, "median": 1.25, **bytes_}
+    trl = {"versions": {"trl": "9"}, "batch": 16, "bf16": False, "median": 1.25, "ours": [0.5],
+           **bytes_}  # fmt: skip
     shown = text({**given, "trl": [trl], "memory": {"ours": bytes_}})
     tail = ", memory of the step 3 MiB, of the whole process 5"
-    assert f"TRL 9, float32, 16 completions per forward: 1.250 s a step{tail}" in shown
+    assert f"TRL 9, float32, 16 completions per forward: 1.250 s a step, ours 0.500{tail}" in shown
     assert f"ours{tail}" in shown
 
 
@@ -209,7 +249,7 @@ def test_a_peer_that_fails_says_why(tmp_path):
     python.chmod(0o755)
     run = setup(Config(**SMALL, peer_python=str(python), peer_batches=(3, 4)))
     with pytest.raises(SystemExit, match="no such package"):
-        time_peer(run)
+        time_peer(run, {"ours": Runner("ours", [])})
 
 
 def test_what_runs_in_the_peer_s_environment_imports_nothing_of_the_project():
@@ -236,8 +276,9 @@ def test_the_peer_s_torch_and_transformers_are_ours():
 def test_trl_takes_the_same_step(tmp_path):
     """The peer itself refuses other prompts and other lengths of completions."""
     cfg = parse(Config, words(**SMALL, peers=True, bf16=True, peer_steps=1, peer_batches="2,4"))
-    found = time_peer(setup(cfg))
+    run = setup(cfg)
+    found = time_peer(run, {kind: KINDS[kind](run) for kind in ("ours", "ours, bfloat16")})
     assert {(one["batch"], one["bf16"]) for one in found} == {(n, b) for n in (2, 4)
                                                              for b in (False, True)}
-    assert all(len(one["seconds"]) == 1 and one["peak_bytes"] > one["loaded_bytes"] > 0
-               for one in found)  # fmt: skip
+    assert all(len(one["seconds"]) == len(one["ours"]) == 1 for one in found)
+    assert all(one["peak_bytes"] > one["loaded_bytes"] > 0 for one in found)
