@@ -58,8 +58,7 @@ class Config:
     bf16: bool | None = opt(None, "time ours, and TRL, under bfloat16 autocast as well; default: "
                             "if this CPU multiplies it in hardware")
     rounds: int = opt(10, "steps of each that count", least=1)
-    warmup: int = opt(4, "steps of each before them; in the third ours records its steps of "
-                      "sampling", least=0)
+    warmup: int = opt(2, "steps of each before them", least=0)
     memory: bool = opt(True, "measure memory, in processes of their own")
     threads: int | None = opt(None, "threads of torch; default: its own choice", least=1)
     seed: int = opt(0, "fixes the samples", least=0)

@@ -433,8 +433,8 @@ class Qwen2VL(nn.Module):
         return self
 
     def twin(self, dtype: torch.dtype, linear: torch.dtype) -> "Qwen2VL":
-        """A frozen model of the same shape, on the same device; its weights, linear layers' and
-        others', are yet to be written."""
+        """A frozen model of the same shape, on the same device, to be run, not saved; its weights,
+        linear layers' and others', are yet to be written in their places, see `Joined`."""
         with torch.device("meta"):
             twin = type(self)(self.cfg).to(dtype).frozen(linear)
         twin.to_empty(device=self.device)

@@ -204,8 +204,8 @@ COPIES = weakref.WeakKeyDictionary()  # of models that learn: those that are sam
 def copy(model):
     """The model once more, to sample from, which each process does without the others: with whole
     weights as they are computed with now, an adapter merged into them. It is made once, then
-    overwritten: a recorded step wants weights to stay where they are, and autocast would cast all
-    of them for each token."""
+    overwritten: a CUDA graph wants weights to stay where they are, and autocast would cast all of
+    them for each token."""
     low, parts = model.dtype, fsdp_parts(model)
     if model not in COPIES or COPIES[model].head.dtype != low:
         # fully_shard gathers all in it, autocast casts linear layers.

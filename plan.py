@@ -65,7 +65,7 @@ class Work:
     beta: float = 0.0
     eval_new: int = 0  # tokens of an answer in the evaluations; 0: there are none
     sft: bool = False  # nothing is sampled but in evaluations
-    gpu: bool = False  # attention is flash attention
+    gpu: bool = False  # attention is flash attention; a cache to sample with stays
     learns: Learns = ALL
 
     @property
@@ -160,7 +160,7 @@ def of(cfg: ModelConfig, work: Work) -> Plan:
         kept, extra = training(cfg, work)
         sampled = [sampling(cfg, work, *batch) for batch in batches(work)]
     cache, during = max(sampled, key=sum, default=(0, 0))
-    stays = sum(cache for cache, _ in sampled)  # a room each
+    stays = sum(cache for cache, _ in sampled) if work.gpu else 0  # a room each
     parts = ({"KV cache": max(cache, stays), "temporary": during},
              {"KV cache": stays, "gradients": share, "kept for backward": kept, "temporary": extra},
              {"KV cache": stays, "gradients": share, "temporary": beside})  # fmt: skip

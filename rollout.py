@@ -70,8 +70,9 @@ class TokenLogp(torch.autograd.Function):
         if not more:
             logp = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
             return logp, torch.zeros_like(logp), None
+        logits -= logits.amax(-1, keepdim=True)  # else what follows is rounded as they are large
         p = logits.softmax(-1)
-        total = logits.amax(-1) - p.amax(-1).log()  # log sum exp
+        total = -p.amax(-1).log()  # log sum exp
         logp = logits.gather(-1, targets[:, None])[:, 0] - total
         return logp, total - logits.mul_(p).sum(-1), p
 

@@ -8,28 +8,24 @@ What we do differently from Hugging Face's `generate` and from a separate engine
 - Each completion has random numbers of its own, fixed by (seed, its prompt's uid, its place in the
   group). Which prompts share a batch changes nothing.
 - Completions that have ended leave the batch; where prompts are waiting, these come in instead.
-- A step is a function of tensors that stay where they are. It is recorded once for each shape and
-  played back, on a GPU as a CUDA graph: a 2B model's step is 1,300 kernels of a few microseconds;
-  on a CPU as TorchScript: a tiny model's step is 250 calls from Python.
+- A step is a function of tensors that stay where they are. On a GPU it is recorded once for each
+  shape and played back as a CUDA graph: a 2B model's step is 1,300 kernels of a few microseconds.
 
 Letters: B prompts, N slots, G completions per prompt, T tokens of a completion at most, D width,
 V vocabulary.
 """
 
-import warnings
 import weakref
-from collections import Counter
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import Cache, Layout, Step, core
+from attention import Cache, Layout, Step, core, halved
 from data import Prompt, collate
 from model import Qwen2VL, mrope
 
-OFTEN = 16  # steps of a shape on a CPU before it is recorded, which takes as long as 50 more save
 CHECK = 4  # steps between two looks at what has ended; a look is a wait for the device
 LOWEST = torch.finfo(torch.float32).min  # the logit of what is banned; -inf x 0 would be no number
 
@@ -96,27 +92,28 @@ class Room:
     def __init__(self, model, B: int, N: int, G: int, T: int, longest: int):
         cfg, device = model.cfg, model.device
         self.size, self.device, self.gpu = (B, N, G, T, longest), device, device.type == "cuda"
-        self.wide = wide(device)
         whole = {"dtype": torch.int64, "device": device}
         self.ids, self.limits = torch.zeros(B, G, T + 1, **whole), torch.zeros(B, G, **whole)
         self.p, self.u = (torch.zeros(B, G, T + 1, device=device) for _ in range(2))
         self.first, self.token = (torch.zeros(N, G, **whole) for _ in range(2))
         self.position = torch.zeros(N, **whole)
-        positions = torch.arange(longest + T, device=device).expand(3, -1)
-        self.turns = [*mrope(positions, cfg.head_dim, cfg.rope_theta, cfg.mrope_section)]
+        self.turns = mrope(torch.arange(longest + T, device=device).expand(3, -1), cfg.head_dim,
+                           cfg.rope_theta, cfg.mrope_section)
         (like,) = core(torch.empty(0, device=device))
         shape = (N, G, cfg.num_key_value_heads, cfg.head_dim)
         self.cache = Cache(cfg.num_hidden_layers, shape, longest, T, like.dtype, device)
-        self.dtype = model.dtype
-        self.played, self.ticks, self.pool, self.told = {}, Counter(), None, None
+        self.halved = halved(device)
+        self.graphs, self.pool, self.told = {}, None, None
 
     def begin(self, processor, uids, seed: int, limits, how: tuple) -> None:
         """Makes the room empty for the prompts `uids`. how: temperature, top_p, top_k."""
         _, _, G, T, _ = self.size
         self.how, n = how, len(uids)
         if self.told != (told := (list(processor.banned_ids), list(processor.stop_ids))):
-            self.told, self.played, self.pool = told, {}, None  # what is played reads `banned`
-            self.banned, self.stops = (torch.tensor(x, device=self.device) for x in told)
+            self.told, self.graphs, self.pool = told, {}, None  # graphs read `banned`
+            self.banned, self.stops = (
+                torch.tensor(x, dtype=torch.int64, device=self.device) for x in told
+            )
         self.u[:n, :, :T] = torch.stack([uniforms(seed, i, G, T) for i in uids]).to(self.device)
         self.limits.fill_(T)
         if limits is not None:
@@ -169,51 +166,21 @@ class Room:
         self.choose(model, hidden.view(N, G, -1), slice(N))
 
     def step(self, model, *shape: int) -> None:
-        """`tick`; once a shape has come often enough, as it was recorded."""
-        key = (*shape, *self.how)
-        if key in self.played:
-            self.played[key]()
+        """`tick`; on a GPU, from the second time of a shape on, as a CUDA graph: the first time
+        loads kernels, the second records them. Weights that autocast casts cannot be recorded:
+        their casts would be gone with the cache that holds them."""
+        key, head = (*shape, *self.how), model.head
+        cast = halved(self.device) and head.dtype != torch.get_autocast_dtype(self.device.type)
+        if not self.gpu or cast or key not in self.graphs:
+            self.graphs[key] = None
+            self.tick(model, *shape)
             return
-        self.ticks[key] += 1
-        if self.ticks[key] <= (1 if self.gpu else OFTEN) or not stays(model):
-            self.tick(model, *shape)
-        else:
-            self.played[key] = (self.graph if self.gpu else self.script)(model, shape)
-
-    def graph(self, model, shape):
-        """A step on a GPU, done and recorded."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            self.tick(model, *shape)
-        self.pool = self.pool or graph.pool()
-        graph.replay()
-        return graph.replay
-
-    def script(self, model, shape):
-        """A step on a CPU, done and recorded as TorchScript, whose interpreter calls the same
-        operations in two thirds of the time. Of tensors that it is not given it would take values
-        for constants, which weights are, and leave out what is only written to them."""
-        own = [(vars(self), k) for k in ("ids", "p", "u", "first", "token", "position", "banned")]
-        own += [(vars(self.cache), k) for k in ("lengths", "mask", "place")]
-        own += [(x, i) for x in (self.turns, *self.cache.layers) for i in range(len(x))]
-        tensors = [x[k] for x, k in own]
-
-        def tick(*given):
-            for (x, k), tensor in zip(own, given):
-                x[k] = tensor
-            self.tick(model, *shape)
-            return self.token
-
-        with warnings.catch_warnings(action="ignore"):  # of a length that is one of this shape
-            script = torch.jit.trace(tick, tensors, check_trace=False)
-        for (x, k), tensor in zip(own, tensors):
-            x[k] = tensor
-
-        def play():
-            with torch.autocast("cpu", enabled=False), torch.jit.optimized_execution(False):
-                script(*tensors)
-
-        return play
+        if self.graphs[key] is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.tick(model, *shape)
+            self.graphs[key], self.pool = graph, self.pool or graph.pool()
+        self.graphs[key].replay()
 
     def run(self, model, prompts: list[Prompt], N: int) -> None:
         """Completions of all prompts, N of them at a time at most."""
@@ -232,14 +199,14 @@ class Room:
             if not live.any():
                 break
             if not waiting:
-                slots, rows = left(live)
+                slots, rows = left(live, self.gpu)
                 if rows.size <= 0.75 * live.size:
                     self.keep(slots, rows, int(counts.max()))
                     (N, G), counts, live = rows.shape, counts[slots], live[slots[:, None], rows]
             alive = live.any(1)
             for _ in range(min(CHECK, T - 1 - counts[alive].min())):
                 counts += 1
-                self.step(model, N, G, min(T, in_steps(counts[alive].max(), self.wide)))
+                self.step(model, N, G, span(min(T, counts[alive].max()), T, self.gpu))
 
     def going(self, N: int, G: int) -> Tensor:
         """Which of the first G completions in the first N slots have not ended: (N, G)."""
@@ -282,12 +249,12 @@ def ready(live: np.ndarray, waiting: int) -> list[int]:
     return free[:waiting].tolist() if len(free) >= min(len(live) / 4, waiting) else []
 
 
-def left(live: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def left(live: np.ndarray, few: bool) -> tuple[np.ndarray, np.ndarray]:
     """Slots (N',) and completions (N', G') of a batch without those that have ended, of live (N,
-    G): it stays a rectangle, slots with any left first, and in each what has not ended first. Of
-    few sizes, see `fitting`, since a step is recorded for each."""
-    counts = int(live.any(1).sum()), int(live.sum(1).max())
-    N, G = (fitting(n, most) for n, most in zip(counts, live.shape))
+    G): it stays a rectangle, slots with any left first, and in each what has not ended first.
+    few: of sizes that are a power of two, or 3/4 of one, so that there are few of them."""
+    N, G = int(live.any(1).sum()), int(live.sum(1).max())
+    N, G = (fitting(n, most) if few else n for n, most in zip((N, G), live.shape))
     slots = np.argsort(~live.any(1), kind="stable")[:N]
     return slots, np.argsort(~live[slots], axis=1, kind="stable")[:, :G]
 
@@ -305,38 +272,25 @@ def fitting(n: int, most: int) -> int:
     return size
 
 
-def in_steps(n: int, wide: int) -> int:
-    """The least multiple of `wide` that is n or more."""
-    return -(-int(n) // wide) * wide
+def span(tokens: int, most: int, few: bool) -> int:
+    """Own tokens that a step reads: all there are; if few, in multiples of 64."""
+    return min(most, -(-int(tokens) // 64) * 64) if few else int(tokens)
 
 
-def wide(device: torch.device) -> int:
-    """Tokens read at a time: a step reads a multiple of them, so that there are few shapes."""
-    return 64 if device.type == "cuda" else 8
-
-
-def stays(model) -> bool:
-    """Whether a step of the model may be recorded: its weights are not cast by autocast each time
-    (casts would be gone with the cache that holds them), and a CPU does not learn or compile them.
-    """
-    if model.dtype != model.head.dtype:
-        return False
-    learns = any(p.requires_grad for p in model.parameters())
-    return model.device.type == "cuda" or not (learns or model.compiled)
-
-
-# A model's rooms, with what was recorded, for the next call: one of groups, one of evaluations.
+# On a GPU: a model's rooms with their graphs for the next call, one of groups, one of evaluations.
 ROOMS = weakref.WeakKeyDictionary()
 
 
 def room_for(model: Qwen2VL, prompts: list[Prompt], N: int, G: int, T: int) -> Room:
-    """A room for the prompts, N at a time: that which the model has, if it is as large."""
+    """A room for the prompts, N at a time; on a GPU that which the model has, if it is as large."""
     B, longest = len(prompts), max(len(p.ids) for p in prompts)
+    if model.device.type != "cuda":
+        return Room(model, B, N, G, T, longest)
     rooms, single = ROOMS.setdefault(model, {}), G == 1
     room = rooms.get(single)
-    if (room is None or room.size[2:4] != (G, T) or room.dtype != model.dtype
+    if (room is None or room.size[2:4] != (G, T) or room.halved != halved(model.device)
             or any(has < asked for has, asked in zip(room.size, (B, N, G, T, longest)))):
         room = None  # its memory goes before the new one's comes
         rooms.pop(single, None)
-        room = rooms[single] = Room(model, B, N, G, T, in_steps(longest, wide(model.device)))
+        room = rooms[single] = Room(model, B, N, G, T, -(-longest // 64) * 64)
     return room

@@ -23,6 +23,7 @@ from attention import Cache, Layout, Step
 from checkpoint import ModelConfig, hub_name
 from data import Processor
 from model import (
+    Joined,
     Qwen2VL,
     mrope,
     patch_places,
@@ -31,6 +32,7 @@ from model import (
     vision_rope,
     window_order,
 )
+from parallel import copy
 from rollout import sample
 from rows import Example
 
@@ -526,6 +528,32 @@ def test_a_frozen_model_computes_what_autocast_computes(pair, shape):
             assert torch.equal(a, b)
     same = Qwen2VL.from_pretrained(folder).frozen(torch.float32)
     assert same.head is same.lm_head.weight and same.head.dtype == torch.float32
+
+
+@torch.no_grad()
+@every_shape
+def test_a_copy_has_weights_side_by_side_and_computes_the_same(pair, shape):
+    """Those of q, k, v and of gate, up, in the tower too where its MLPs are gated; what is written
+    to a layer's own weight is what is computed with."""
+    folder, model, reference = pair(shape)
+    model, prompts = Qwen2VL.from_pretrained(folder), awkward(reference)
+    joined = [m for m in copy(model).modules() if isinstance(m, Joined)]
+    gated = model.cfg.vision.depth * (model.cfg.vision.family == "qwen2_5_vl")
+    assert len(joined) == 2 * model.cfg.num_hidden_layers + gated
+    for seed in range(2):
+        noise = torch.Generator().manual_seed(seed)
+        for p in model.parameters():
+            p.add_(0.01 * seed * torch.randn(p.shape, generator=noise))
+        other = copy(model)
+        assert other.state_dict().keys() == model.state_dict().keys()
+        for name, p in model.state_dict().items():
+            assert torch.equal(p, other.state_dict()[name])
+        for a, b in zip(run(model, prompts)[0], run(other, prompts)[0]):
+            assert (a - b).abs().max() < 1e-5
+    one = other.model.layers[0].self_attn
+    before = run(other, prompts)[0][0].clone()
+    one.k_proj.weight.mul_(-1)
+    assert (run(other, prompts)[0][0] - before).abs().max() > 1e-3
 
 
 @torch.no_grad()

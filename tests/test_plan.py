@@ -269,7 +269,8 @@ def test_weights_to_sample_with_stay_and_so_does_the_cache(small, processes):
         for found in (plan.of(small.cfg, replace(work, gpu=gpu)) for gpu in (False, True)):
             for parts in found.moments.values():
                 assert parts["copy to sample from"] == nbytes(*twin.parameters())
-                assert parts["KV cache"] == found.moments["sampling"]["KV cache"] > 0
+                stays = found.work.gpu or parts is found.moments["sampling"]
+                assert parts["KV cache"] == stays * found.moments["sampling"]["KV cache"]
     probed = plan.of(small.cfg, replace(CLEVR, sft=True)).moments  # and no evaluations
     assert probed["update"]["copy to sample from"] > 0
 
@@ -494,11 +495,12 @@ def test_the_cache_holds_a_prompt_once_and_each_completion():
 
 
 def test_evaluations_sample_64_questions_at_a_time():
-    """In a room beside that of the rollouts, which stays."""
+    """On a GPU in a room beside that of the rollouts, which stays."""
     rollouts, evals = 28_672 * 2 * (700 + 8 * 512), 28_672 * 64 * (700 + 512)
-    for gpu, size in ((True, 1), (False, 2)):  # bytes / 2
-        both = of_2b(eval_new=512, gpu=gpu).moments["sampling"]["KV cache"]
-        assert both == size * (rollouts + evals)
+    assert of_2b(eval_new=512).moments["sampling"]["KV cache"] == rollouts + evals
+    assert of_2b(eval_new=512, gpu=False).moments["sampling"]["KV cache"] == 2 * evals  # float32
+    less = of_2b(eval_new=1, prompts=512, patches=0, gpu=False).moments["sampling"]
+    assert less["KV cache"] == 2 * 28_672 * 64 * (700 + 8 * 512)
     assert inspect.signature(evaluate).parameters["batch"].default == 64
 
 

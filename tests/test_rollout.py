@@ -97,6 +97,23 @@ def test_token_logp_never_holds_more_than_a_chunk_of_logits(monkeypatch):
     assert hidden.grad.abs().sum() > 0 and head.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("keep, entropies", [(0, True), (2**22, True), (0, False)])
+@pytest.mark.parametrize("offset", [0, 1e4, -1e6])
+def test_large_logits_lose_no_digits(monkeypatch, keep, entropies, offset):
+    """An offset that all logits share changes nothing but how they are rounded; against float64."""
+    monkeypatch.setattr("rollout.KEEP", keep)
+    head = torch.cat((3 * random(90, 6), torch.full((90, 1), float(offset))), 1).requires_grad_()
+    hidden, targets = torch.cat((random(40, 6, seed=1), torch.ones(40, 1)), 1), torch.arange(40)
+    banned = torch.tensor([80, 81])
+    logp, entropy = token_logp(hidden, head, targets, 1.0, banned, entropies=entropies)
+    logits = torch.nn.functional.linear(hidden, head).double()
+    logits = logits.index_fill(1, banned, -torch.inf).log_softmax(-1)
+    assert (logp - logits[torch.arange(40), targets]).abs().max() < 4e-6
+    if entropies:
+        expected = -(logits.exp() * logits.clamp(min=-1e9)).sum(-1)
+        assert (entropy - expected).abs().max() < 4e-6
+
+
 def test_entropy_by_hand():
     """p = (1/2, 1/4, 1/4): 1.5 log 2; a certain token: 0; a banned one counts for nothing."""
     head = torch.tensor([[2.0, 50, 0], [1, 0, 0], [1, 0, 0], [1, 0, 0]]) * math.log(2)
@@ -236,6 +253,12 @@ def test_under_bfloat16_autocast_the_two_stay_near_each_other(made, slots):
     assert far.max() < 0.03 and far.exp().mean() < 1.003, "the mismatch of grpo.update"
     exact, _ = score(made.model, out, 1.0, made.processor.banned_ids)
     assert 0 < (exact - scored).abs().max() < 0.1
+
+
+def test_nothing_need_be_banned(made):
+    out = sample(made.model, replace(made.processor, banned_ids=[]), made.prompts, 2, 4, seed=1)
+    again, _ = score(made.model, out)
+    assert (again - out.logp).abs().max() < 1e-4
 
 
 def test_spare_rows_change_no_log_prob_and_no_gradient(made, monkeypatch):

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 import attention
 import sampling
+from attention import halved
 from model import Qwen2VL
-from parallel import copy
 from rollout import sample
 from sampling import (
     CHECK,
@@ -32,14 +32,13 @@ from sampling import (
     draw,
     ends,
     fitting,
-    in_steps,
     left,
     nucleus,
     ready,
     room_for,
     scaled_logits,
+    span,
     uniforms,
-    wide,
 )
 
 
@@ -234,8 +233,7 @@ def test_ends_are_found_in_what_was_drawn_by_hand():
 def test_a_choice_is_written_where_its_completion_is_by_hand(made):
     """Hidden states that choose tokens 3, 5, 7, 1, of which 5 ends; one completion may have no more
     than one token. Those that are over are drawn on, and what comes is none of theirs."""
-    fake = SimpleNamespace(cfg=made.model.cfg, device=torch.device("cpu"), dtype=torch.float32)
-    room = Room(fake, 2, 2, 2, 4, 8)
+    room = Room(SimpleNamespace(cfg=made.model.cfg, device=torch.device("cpu")), 2, 2, 2, 4, 8)
     processor = SimpleNamespace(banned_ids=[0], stop_ids=[5, 6])
     limits = torch.tensor([[4, 4], [2, 1]])
     room.begin(processor, range(2), 0, limits, (0.0, 1.0, 0))
@@ -283,7 +281,7 @@ def test_finished_completions_leave_the_batch_and_change_nothing(made, monkeypat
     args = made.model, processor, made.prompts, 6, 24, temperature
     seen = widths(monkeypatch)
     out, shapes = sample(*args, seed=4), list(seen)
-    monkeypatch.setattr(sampling, "left", lambda live: (None, live))  # as large as it was
+    monkeypatch.setattr(sampling, "left", lambda live, few: (None, live))  # as large as it was
     seen.clear()
     assert_same(out, sample(*args, seed=4))
     assert set(seen) == {(4, 6)}
@@ -445,17 +443,15 @@ def test_every_tensor_of_a_room_stays_where_it_is(made):
     assert {k: x.data_ptr() for k, x in after.items()} == {k: at for k, (_, at) in before.items()}
 
 
-def test_other_end_tokens_are_not_those_of_what_has_been_recorded(made, monkeypatch):
-    """What is played reads the tensors of banned tokens, so it goes when they change."""
-    monkeypatch.setattr(sampling, "OFTEN", 0)
-    made = SimpleNamespace(**{**vars(made), "model": copy(made.model)})
+def test_other_end_tokens_are_not_those_of_what_has_been_recorded(made):
+    """Graphs read the tensors of banned and end tokens, so they go when these change."""
     room = room_of(made, made.prompts, 2)
     drawn(made, room, made.prompts, 2)
-    played = dict(room.played)
+    graphs = dict(room.graphs)
     drawn(made, room, made.prompts, 2)
-    assert played and room.played.items() >= played.items()
+    assert graphs and room.graphs.keys() >= graphs.keys()
     drawn(made, room, made.prompts[:1], 1, stops=short(made))
-    assert not room.played.keys() & played.keys()
+    assert not room.graphs.keys() & graphs.keys()
 
 
 WAITS = {  # what asks a device for numbers, or hands it some: neither can be recorded
@@ -495,46 +491,6 @@ def test_a_step_can_be_recorded(made, how, bf16, either):
         room.ids[room.ids < 0]
 
 
-HOWS = [(1.0, 1.0, 0), (0.0, 1.0, 0), (0.7, 0.8, 20)]  # temperature, top_p, top_k
-
-
-@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("how", HOWS)
-@torch.no_grad()
-def test_what_a_cpu_plays_back_draws_what_its_steps_would(made, monkeypatch, either, how, low):
-    """Five calls of one room against one in which nothing is recorded. Shapes come again, prompts
-    wait, and before each call the weights change in their places, as they do in training."""
-    model = made.model.twin(torch.float32, low)
-    used, plain = (Room(model, 4, 3, 2, NEW, 96) for _ in range(2))
-    half = torch.autocast("cpu", torch.bfloat16, enabled=low == torch.bfloat16)
-    for seed in range(5):
-        noise = torch.Generator().manual_seed(seed)
-        for p, q in zip(model.parameters(), made.model.parameters(), strict=low == torch.float32):
-            p.copy_(q + 0.02 * torch.randn(q.shape, generator=noise))
-        found = []
-        for room, often in ((used, 1), (plain, 10**6)):
-            monkeypatch.setattr(sampling, "OFTEN", often)
-            room.begin(replace(made.processor, stop_ids=short(made)), range(4), seed, None, how)
-            with half:
-                room.run(model, made.prompts, 3)
-            found.append(room.drawn(4))
-        assert all(map(torch.equal, *found))
-    assert len(used.played) > 2 and not plain.played
-
-
-def test_what_may_change_is_not_recorded(made, monkeypatch):
-    """On a CPU: weights that learn, or that autocast casts, or blocks that torch.compile runs."""
-    monkeypatch.setattr(sampling, "OFTEN", 0)
-    stays = copy(made.model)
-    kinds = {"learns": made.model, "stays": stays, "cast": stays, "compiled": stays}
-    for kind, model in kinds.items():
-        monkeypatch.setattr(model, "compiled", kind == "compiled")
-        room = Room(model, 4, 4, 2, NEW, 96)
-        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "cast"):
-            drawn(SimpleNamespace(model=model, processor=made.processor), room, made.prompts, 4)
-        assert bool(room.played) == (kind == "stays"), kind
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_graph_played_back_draws_what_its_steps_would(made):
     """Four calls of one room: shapes come again, and are recorded; against steps that never are.
@@ -549,7 +505,7 @@ def test_a_graph_played_back_draws_what_its_steps_would(made):
         for a, b in zip(found[:2] + found[3:], expected[:2] + expected[3:]):
             assert torch.equal(a, b)
         del between
-    assert used.played
+    assert any(used.graphs.values())
 
 
 # --------------------------------------------------------------------------- who comes, who leaves
@@ -572,13 +528,15 @@ def test_waiting_prompts_come_in_when_a_quarter_of_the_slots_is_free():
 def test_left_keeps_a_rectangle_of_what_has_not_ended_by_hand():
     """3 x 4; the second prompt has ended, the first has completions 1 and 3 left, the third 0."""
     live = np.array([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]], bool)
-    slots, rows = left(live)  # of 3, 3, 2, 1 slots and 4, 3, 2, 1 completions
+    slots, rows = left(live, few=False)
     assert slots.tolist() == [0, 2]
     assert rows.tolist() == [[1, 3], [0, 1]], "what goes on first, then what fills the rectangle"
-    assert [x.shape for x in left(np.ones((3, 4), bool))] == [(3,), (3, 4)]
+    slots, rows = left(live, few=True)  # of 3, 3, 2, 1 slots and 4, 3, 2, 1 completions
+    assert slots.tolist() == [0, 2] and rows.tolist() == [[1, 3], [0, 1]]
+    assert [x.shape for x in left(np.ones((3, 4), bool), False)] == [(3,), (3, 4)]
     one = np.zeros((3, 4), bool)
     one[2, 3] = True
-    assert [x.tolist() for x in left(one)] == [[2], [[3]]]
+    assert [x.tolist() for x in left(one, False)] == [[2], [[3]]]
 
 
 def test_left_of_few_sizes_keeps_more_than_there_is():
@@ -586,17 +544,19 @@ def test_left_of_few_sizes_keeps_more_than_there_is():
     live = np.zeros((8, 8), bool)
     live[[1, 3, 4, 6, 7], :2] = True
     live[4, 5] = True
-    slots, rows = left(live)
+    slots, rows = left(live, few=True)
     assert slots.tolist() == [1, 3, 4, 6, 7, 0] and rows.shape == (6, 3)
     assert rows[2].tolist() == [0, 1, 5]
+    assert [x.shape for x in left(live, few=False)] == [(5,), (5, 3)]
 
 
-def test_left_loses_nobody():
+@pytest.mark.parametrize("few", [False, True])
+def test_left_loses_nobody(few):
     rng = np.random.default_rng(0)
     for _ in range(200):
         live = rng.random((rng.integers(1, 9), rng.integers(1, 9))) < rng.random()
         live[0, 0] = True
-        slots, rows = left(live)
+        slots, rows = left(live, few)
         assert len(set(slots)) == len(slots)
         assert all(len(set(row)) == len(row) for row in rows.tolist())
         assert live[slots[:, None], rows].sum() == live.sum()
@@ -635,51 +595,58 @@ def test_fitting_is_never_too_small_and_of_few_sizes():
         assert all(size <= 1.5 * n + 1 for n, size in enumerate(sizes, 1))
 
 
-def test_a_step_reads_a_multiple_of_8_or_64():
-    assert [in_steps(n, 64) for n in (1, 64, 65, 256, 257)] == [64, 64, 128, 256, 320]
-    assert [wide(torch.device(kind)) for kind in ("cpu", "cuda")] == [8, 64]
-    assert in_steps(np.int64(3), 8) == 8
+def test_a_step_reads_what_there_is_or_a_multiple_of_64():
+    assert [span(n, 300, few=False) for n in (1, 64, 299)] == [1, 64, 299]
+    assert [span(n, 300, few=True) for n in (1, 64, 65, 256, 257)] == [64, 64, 128, 256, 300]
+    assert span(np.int64(3), 10, few=True) == 10 and span(np.int64(3), 10, few=False) == 3
 
 
 class Empty:
-    """What room_for asks of a room; `alive` at its making are the others."""
+    """What room_for asks of a room on a GPU; `alive` at its making are the others."""
 
     alive = 0
 
     def __init__(self, model, *size):
-        self.size, self.others, self.dtype = size, Empty.alive, model.dtype
+        self.size, self.others, self.halved = size, Empty.alive, halved(model.device)
         Empty.alive += 1
 
     def __del__(self):
         Empty.alive -= 1
 
 
-@pytest.mark.parametrize("kind, wide", [("cuda", 64), ("cpu", 8)])
-def test_a_room_is_taken_again_if_it_is_large_enough_and_never_are_there_two(
-        monkeypatch, kind, wide):  # fmt: skip
-    """Prompts of up to 64 tokens find place in a room made for one of 58; other groups and other
+def test_a_gpu_takes_the_room_again_if_it_is_large_enough_and_never_has_two(monkeypatch):
+    """Prompts of up to 64 tokens find place in a room made for one of 30; other groups and other
     lengths of completions do not."""
     class Model:
-        device, dtype = torch.device(kind), torch.float32
+        device = torch.device("cuda")
 
     def prompts(*lengths):
         return [SimpleNamespace(ids=range(n)) for n in lengths]
 
     monkeypatch.setattr(sampling, "Room", Empty)
     model, other = Model(), Model()
-    first = id(room_for(model, prompts(58, 20), 2, 4, 8))
+    first = id(room_for(model, prompts(30, 20), 2, 4, 8))
     assert room_for(model, prompts(64), 1, 4, 8).size == (2, 2, 4, 8, 64)
     assert id(room_for(model, prompts(64), 1, 4, 8)) == first
-    three = prompts(3, 60, 3)
+    three = prompts(3, 3, 3)
     for asked in ((prompts(65), 1, 4, 8), (three, 1, 4, 8), (three, 3, 4, 8), (three, 3, 5, 8),
-                  (prompts(60), 1, 5, 9), (prompts(60), 1, 3, 9)):  # fmt: skip
+                  (prompts(3), 1, 5, 9), (prompts(3), 1, 3, 9)):  # fmt: skip
         room = room_for(model, *asked)
-        longest = 64 + wide if len(asked[0][0].ids) == 65 else 64
+        longest = 128 if len(asked[0][0].ids) == 65 else 64
         assert room.size == (len(asked[0]), *asked[1:], longest)
         assert room is room_for(model, *asked) and room.others == 0
         del room
-    model.dtype = torch.bfloat16  # a cache of another type
-    assert room_for(model, prompts(3), 1, 3, 9).dtype == model.dtype and Empty.alive == 1
+    torch.set_autocast_enabled("cuda", True)  # a cache of another type
+    try:
+        assert room_for(model, prompts(3), 1, 3, 9).halved and Empty.alive == 1
+    finally:
+        torch.set_autocast_enabled("cuda", False)
     assert room_for(other, prompts(3), 1, 4, 9).others == 1
     del model, other
     assert Empty.alive == 0, "a room goes with its model"
+
+
+def test_a_cpu_makes_a_room_for_each_call_as_small_as_it_may_be(made):
+    a, b = (room_for(made.model, made.prompts[:2], 1, 3, 5) for _ in range(2))
+    longest = max(len(p.ids) for p in made.prompts[:2])
+    assert a is not b and a.size == (2, 1, 3, 5, longest) and not sampling.ROOMS
